@@ -1,0 +1,115 @@
+"""What one file in `mmopt/models/` tells the rest of mmopt about its family."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of a stage input: a number or the name of a symbol for each dimension."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A module to trace. Inputs and outputs that are lists are flattened to ``name.0``, ``name.1``, ..."""
+
+    module: torch.nn.Module
+    inputs: dict[str, TensorSpec | list[TensorSpec]]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Names of recorded tensors -> the modules whose output (or first input) they are; ``{}`` stands for an index."""
+
+    vision_taps: dict[str, str]
+    input_taps: dict[str, str]
+    language_taps: dict[str, str]
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    parse_config: Callable[[dict], Any]
+    build: Callable[[Any], torch.nn.Module]
+    stages: Callable[[Any, int], dict[str, StageSpec]]
+    derived: str  # regular expression: keys a checkpoint may hold or lack, since they are computed
+    check_derived: Callable[[Any, str, torch.Tensor], str | None]
+    image_id: int
+    image_marker: str
+    chat: dict[str, str]
+    cases: Cases
+
+
+def families() -> list[Family]:
+    """Every family: the FAMILY of each module in `mmopt.models`."""
+    import mmopt.models
+
+    names = sorted(m.name for m in pkgutil.iter_modules(mmopt.models.__path__))
+    modules = [importlib.import_module(f"mmopt.models.{n}") for n in names]
+    return [m.FAMILY for m in modules]
+
+
+def family_of(config: dict) -> Family:
+    """The family that a config.json belongs to, by its architectures, else by its model_type."""
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    for f in families():
+        if set(architectures) & set(f.architectures) or (not architectures and model_type in f.model_types):
+            return f
+    known = ", ".join(a for f in families() for a in f.architectures)
+    raise ValueError(
+        f"config.json names architectures {architectures} and model_type {model_type!r}, which no family of mmopt "
+        f"handles; it knows {known}"
+    )
+
+
+def read_config(kind: type, raw: dict, fixed: dict[str, dict], where: str, **given) -> Any:
+    """Fill the dataclass `kind` from a dict. Values of `fixed[where]` must be as given there or absent.
+
+    Raises ValueError that names each value which is of the wrong type or would change the maths in an unknown way.
+    """
+    prefix, wrong, values = f"{where}." if where else "", [], dict(given)
+    for name, expected in fixed[where].items():
+        if name in raw and raw[name] != expected:
+            wrong.append(f"{prefix}{name} is {raw[name]!r}, only {expected!r} is supported")
+    for f in fields(kind):
+        if f.name in given or f.name not in raw:
+            continue
+        value = raw[f.name]
+        if value is None and f.name in ("image_aspect_ratio", "num_key_value_heads"):
+            continue
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None))}
+        expected_type = kinds[f.type] if isinstance(f.type, str) else f.type
+        if not isinstance(value, expected_type) or (f.type != "bool" and isinstance(value, bool)):
+            wrong.append(f"{prefix}{f.name} is {value!r}, expected {f.type}")
+        elif f.type == "int" and value <= 0 and not f.name.endswith("token_id"):
+            wrong.append(f"{prefix}{f.name} is {value}, expected a positive number")
+        else:
+            values[f.name] = value
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(wrong))
+    return kind(**values)
+
+
+@dataclass
+class Limits:
+    """Maxima a Program is made for: samples at once, images of one prompt, rows of one sequence (cache capacity)."""
+
+    batch: int = 1
+    images: int = 1
+    context: int = 512
+    extra: dict = field(default_factory=dict)

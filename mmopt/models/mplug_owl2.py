@@ -446,7 +446,7 @@ class LanguageModel(nn.Module):
             return attend
 
         logits = self.root.decode_rows(x, is_visual, positions, [attend_in(i) for i in range(c.num_hidden_layers)])
-        return logits, keys, values
+        return logits, past + x.shape[1], keys, values
 
 
 class Part(nn.Module):
@@ -478,7 +478,7 @@ def stages(model: MplugOwl2, capacity: int) -> dict[str, StageSpec]:
         "language_model": StageSpec(
             LanguageModel(model),
             {**rows, "past": TensorSpec(("B",), torch.int64), "key_cache": cache, "value_cache": cache},
-            ["logits", "key_cache", "value_cache"],
+            ["logits", "past", "key_cache", "value_cache"],
         ),
     }
 

@@ -1,0 +1,258 @@
+"""Graphs in canonical form: how to build them, and along which dimensions each operator works row by row.
+
+A graph is a `torch.fx.Graph` of aten and `mmopt::` operators. Sizes stand in the arguments as numbers or sympy
+expressions of named symbols (``nv``, ``nt``, ``B`` ...), never as nodes. Each node carries ``meta["shape"]`` and
+``meta["dtype"]``. Weights are `get_attr` nodes that name a tensor of the Program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+import mmopt.ops  # noqa: F401  registers the operators named below
+
+aten = torch.ops.aten
+mm = torch.ops.mmopt
+Size = int | sympy.Expr
+
+SLICE, CAT, RESHAPE, PERMUTE, EXPAND = (
+    aten.slice.Tensor, aten.cat.default, aten.reshape.default, aten.permute.default, aten.expand.default
+)  # fmt: skip
+FULL, ARANGE, WHERE = aten.full.default, aten.arange.start, aten.where.self
+LINEAR, LAYER_NORM, RMS_NORM = aten.linear.default, aten.layer_norm.default, aten.rms_norm.default
+ADD, MUL, EMBEDDING, CONV2D = aten.add.Tensor, aten.mul.Tensor, aten.embedding.default, aten.conv2d.default
+ATTENTION, CACHED_ATTENTION, ROTARY = (
+    mm.attention.default, mm.cached_attention.default, mm.rotary.default
+)  # fmt: skip
+HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION}
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of a named size. ``nv`` (visual rows) may be zero, every other size is at least one."""
+    return sympy.Symbol(name, integer=True, nonnegative=True) if name == "nv" else sympy.Symbol(name, integer=True, positive=True)
+
+
+def simplify(size: Any) -> Size:
+    """Numbers as int, expressions in one spelling, so that equal sizes compare equal."""
+    if isinstance(size, sympy.Expr):
+        size = sympy.expand(size)
+        return int(size) if size.is_Integer else size
+    return int(size)
+
+
+def shape_of(node: Node) -> tuple[Size, ...]:
+    return node.meta["shape"]
+
+
+def several(dtype: Any) -> bool:
+    """True for the dtype of an operator with several outputs: then its shape is a list of shapes."""
+    return isinstance(dtype, tuple)
+
+
+def is_pointwise(op: Any) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and (torch.Tag.pointwise in op.tags or op == aten.to.dtype)
+
+
+def is_const(node: Any) -> bool:
+    """True for weights and what is computed from weights and numbers alone."""
+    return not isinstance(node, Node) or node.meta.get("const", False)
+
+
+def _key(args: Any) -> Any:
+    if isinstance(args, list | tuple):
+        return tuple(_key(a) for a in args)
+    if isinstance(args, Node):
+        return args
+    return (type(args).__name__ in ("bool", "float"), args)
+
+
+class Builder:
+    """Emits nodes into a graph: the same operator on the same arguments is emitted once."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self._seen: dict[Any, Node] = {}
+
+    def placeholder(self, name: str, shape: tuple[Size, ...], dtype: torch.dtype) -> Node:
+        node = self.graph.placeholder(name)
+        node.meta.update(shape=tuple(shape), dtype=dtype, const=False)
+        return node
+
+    def weight(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> Node:
+        key = ("get_attr", name)
+        if key not in self._seen:
+            node = self.graph.create_node("get_attr", name)
+            node.meta.update(shape=tuple(shape), dtype=dtype, const=True)
+            self._seen[key] = node
+        return self._seen[key]
+
+    def emit(self, op: Any, args: tuple, shape: Iterable[Size], dtype: Any, source: Any = None) -> Node:
+        """One operator. `source` tags the node of the graph before the rewrite that it is a part of."""
+        shape = list(shape) if several(dtype) else tuple(simplify(s) for s in shape)  # type: ignore[assignment]
+        if op in (EXPAND, RESHAPE):
+            if shape_of(args[0]) == shape:
+                return args[0]
+            if op is RESHAPE and args[0].target is RESHAPE:
+                return self.emit(op, (args[0].args[0], *args[1:]), shape, dtype, source)
+        if op is SLICE:
+            lo, hi = simplify(args[2]), simplify(args[3])
+            if lo == 0 and hi == shape_of(args[0])[args[1]]:
+                return args[0]
+            args = (*args[:2], lo, hi)
+        if op is CAT and len(args[0]) == 1:
+            return args[0][0]
+        # `shape` and `dtype` tell apart what arguments alone do not (arange and full of other types)
+        key = (op, _key(args), tuple(shape) if op in (EXPAND, RESHAPE, FULL, ARANGE) else None, dtype)
+        if key not in self._seen:
+            node = self.graph.call_function(op, args)
+            operands = node.all_input_nodes
+            sizes = [s for s in torch.utils._pytree.tree_leaves((shape, args)) if isinstance(s, sympy.Expr)]
+            node.meta.update(shape=shape, dtype=dtype, const=not sizes and all(is_const(a) for a in operands))
+            if source is not None:
+                node.meta["source"] = source
+            self._seen[key] = node
+        return self._seen[key]
+
+    def item(self, node: Node, index: int, shape: Iterable[Size], dtype: torch.dtype) -> Node:
+        """Output `index` of an operator with several outputs."""
+        import operator
+
+        return self.emit(operator.getitem, (node, index), shape, dtype)
+
+    # the few operators that passes make themselves
+    def slice(self, x: Node, dim: int, lo: Size, hi: Size) -> Node:
+        s = list(shape_of(x))
+        s[dim] = hi - lo
+        if x.target is CAT and dim == x.args[1]:  # a slice that is one or more whole parts needs no slice
+            start, parts = 0, []
+            for p in x.args[0]:
+                if start == lo or parts:
+                    parts.append(p)
+                start = simplify(start + shape_of(p)[dim])
+                if start == hi and parts:
+                    return self.cat(parts, dim)
+        if x.target is SLICE and x.args[1] == dim:
+            return self.slice(x.args[0], dim, simplify(x.args[2] + lo), simplify(x.args[2] + hi))
+        return self.emit(SLICE, (x, dim, lo, hi), s, x.meta["dtype"])
+
+    def cat(self, xs: list[Node], dim: int) -> Node:
+        s = list(shape_of(xs[0]))
+        s[dim] = sum(shape_of(x)[dim] for x in xs)
+        return self.emit(CAT, (tuple(xs), dim), s, xs[0].meta["dtype"])
+
+    def reshape(self, x: Node, shape: Iterable[Size]) -> Node:
+        shape = tuple(simplify(s) for s in shape)
+        return self.emit(RESHAPE, (x, shape), shape, x.meta["dtype"])
+
+    def copy(self, node: Node, args: tuple, source: Any = None) -> Node:
+        """The operator of `node` of another graph on other arguments of the same shapes."""
+        return self.emit(node.target, args, shape_of(node), node.meta["dtype"], source)
+
+    def output(self, values: list[Node]) -> None:
+        self.graph.output(tuple(values))
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def rebuild(graph: Graph, visit: Callable[[Builder, Node, tuple], Node | None]) -> Graph:
+    """Copy a graph node by node; `visit` returns what stands for a node given its new arguments, None to copy it."""
+    b, env = Builder(), {}
+    for n in graph.nodes:
+        args = torch.fx.node.map_aggregate(n.args, lambda a: env[a] if isinstance(a, Node) else a)
+        if n.op == "placeholder":
+            env[n] = b.placeholder(n.target, shape_of(n), n.meta["dtype"])
+        elif n.op == "get_attr":
+            env[n] = b.weight(n.target, shape_of(n), n.meta["dtype"])
+        elif n.op == "output":
+            b.output(list(args[0]))
+        else:
+            made = visit(b, n, args)
+            env[n] = b.copy(n, args) if made is None else made
+    return b.graph
+
+
+# ------------------------------------------------------------------------------------- independence along dimensions
+def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
+    """For each tensor argument of `node`: the dimension that output dimension `dim` runs along; None = no rule.
+
+    An argument that is read whole whatever part of `dim` is wanted (a weight, a broadcast operand) is mapped to None.
+    For cat, argument 0 maps to the list of its members' dimensions.
+    """
+    op, args, shape = node.target, node.args, node.meta["shape"]
+    if not isinstance(shape, tuple):
+        return None
+    rank = len(shape)
+
+    def broadcast(x: Any) -> int | None:
+        d = dim - (rank - len(shape_of(x)))
+        return None if d < 0 or (shape_of(x)[d] == 1 and shape[dim] != 1) else d
+
+    if op is SLICE:
+        return {0: dim} if dim != args[1] else None
+    if op is CAT:
+        return {0: [dim] * len(args[0])} if dim != args[1] else None
+    if op is EXPAND:
+        return {0: broadcast(args[0])}
+    if op is PERMUTE:
+        return {0: args[1][dim]}
+    if op is RESHAPE:
+        return _reshape_dim(shape_of(args[0]), shape, dim)
+    if op is LINEAR:
+        if dim < rank - 1:
+            return {0: dim, 1: None, 2: None}
+        return {0: None, 1: 0, 2: 0}
+    if op in (LAYER_NORM, RMS_NORM):
+        return {0: dim, 2: None, 3: None} if dim < rank - 1 else None
+    if op is EMBEDDING:
+        return {0: None, 1: dim} if dim < rank - 1 else None
+    if op is ROTARY:
+        return {0: dim, 1: broadcast(args[1]), 2: broadcast(args[2])} if dim < 2 else None
+    if op is ATTENTION:
+        if dim == 0:
+            return {0: 0, 1: 0, 2: 0, 5: 0}
+        causal = len(args) > 6 and args[6]
+        return {0: 1, 1: None, 2: None, 5: None} if dim == 1 and not causal else None
+    if op is CONV2D:
+        return {0: 0, 1: None, 2: None} if dim == 0 else None
+    if op is FULL:
+        return {}
+    if is_pointwise(op):
+        return {i: broadcast(a) for i, a in enumerate(args) if isinstance(a, Node)}
+    return None
+
+
+def _reshape_dim(old: tuple, new: tuple, dim: int) -> dict[int, Any] | None:
+    """Dimension `dim` of a reshape survives if what lies before it holds equally many elements in both shapes."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        if simplify(sympy.Mul(*old[:i]) - sympy.Mul(*new[:j])) == 0 and old[i] == new[j] and j == dim:
+            return {0: i}
+        if old[i] == 1 and new[j] != 1:
+            i += 1
+        elif new[j] == 1 and old[i] != 1:
+            j += 1
+        elif old[i] == new[j]:
+            i, j = i + 1, j + 1
+        else:
+            break
+    i, j = len(old), len(new)  # the same from the right
+    while i > 0 and j > 0 and old[i - 1] == new[j - 1]:
+        i, j = i - 1, j - 1
+        if j == dim:
+            return {0: i}
+    return None
+
+
+def on_part(b: Builder, node: Node, dim: int, size: Size, args: tuple, source: Any = None) -> Node:
+    """`node` again, on arguments of which only a part of output dimension `dim`, `size` long, is wanted."""
+    shape = list(shape_of(node))
+    shape[dim] = size
+    if node.target in (EXPAND, RESHAPE):
+        args = (args[0], tuple(simplify(s) for s in shape))
+    if node.target is FULL:
+        args = (tuple(simplify(s) for s in shape), *args[1:])
+    return b.emit(node.target, args, shape, node.meta["dtype"], source)

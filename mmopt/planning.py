@@ -1,0 +1,65 @@
+"""Host-side planning of prompts; needs neither torch nor a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that go through the language model in one call: images first (indices into all images), then text."""
+
+    sample: int
+    images: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+def count_rows(prompt: Sequence[int], info: dict[str, Any]) -> int:
+    """Rows a prompt takes in the cache: one for each token, `rows_per_image` for each image."""
+    images = sum(1 for t in prompt if t == info["image_id"])
+    return len(prompt) + images * (info["rows_per_image"] - 1)
+
+
+def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int) -> list[Chunk]:
+    """Prompts (ids with ``info["image_id"]`` where an image stands) -> chunks, sample by sample, in order.
+
+    Raises ValueError for an empty prompt, one that ends with an image, one that is too long for the cache with
+    `new_tokens` more, ids outside the vocabulary, and for more samples or images than planned for.
+    """
+    if not prompts:
+        raise ValueError("no prompt was given")
+    if len(prompts) > info["batch"]:
+        raise ValueError(f"{len(prompts)} prompts at once, but this program was made for at most {info['batch']}")
+    chunks, image = [], 0
+    for sample, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {sample} is empty")
+        if prompt[-1] == info["image_id"]:
+            raise ValueError(f"prompt {sample} ends with an image: text must follow (an answer is asked for after text)")
+        wrong = [t for t in prompt if t != info["image_id"] and not 0 <= t < info["vocab_size"]]
+        if wrong:
+            raise ValueError(f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}")
+        count = sum(1 for t in prompt if t == info["image_id"])
+        if count > info["images"]:
+            raise ValueError(f"prompt {sample} has {count} images, but this program was made for at most {info['images']}")
+        rows = count_rows(prompt, info)
+        if rows + new_tokens - 1 > info["context"]:
+            raise ValueError(
+                f"prompt {sample} takes {rows} rows and {new_tokens} new tokens are asked for, but the cache holds "
+                f"{info['context']}; trace with a larger context or ask for fewer tokens"
+            )
+        images: list[int] = []
+        ids: list[int] = []
+        for token in prompt:
+            if token == info["image_id"]:
+                if ids:  # a chunk begins with its images, so text before an image ends a chunk
+                    chunks.append(Chunk(sample, tuple(images), tuple(ids)))
+                    images, ids = [], []
+                images.append(image)
+                image += 1
+            else:
+                ids.append(int(token))
+        chunks.append(Chunk(sample, tuple(images), tuple(ids)))
+    return chunks

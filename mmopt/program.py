@@ -1,0 +1,257 @@
+"""Program: the stages of a model as graphs, the schedule that calls them, and the weights they share."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from mmopt.graph import ARANGE, FULL, is_const, shape_of
+from mmopt.planning import Chunk, plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a stage. Inputs and outputs are named values; a stage reads and writes values of the names it was traced with,
+    unless `rename` maps one of them to another value."""
+
+    stage: str
+    rename: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Run `body` once for each element of `over`, or `trips` times or until value `until` is true for all samples.
+
+    A value that the body both reads and writes is carried. The elements of ``chunks`` each belong to one sample, so
+    carried values are narrowed to that sample's row of the batch.
+    """
+
+    body: tuple[Call, ...]
+    over: str | None = None
+    trips: str | None = None
+    until: str | None = None
+
+
+@dataclass
+class Stage:
+    """A graph with named inputs and outputs (in the order of its placeholders and output tuple)."""
+
+    graph: Graph
+    inputs: list[str]
+    outputs: list[str]
+    _constants: dict[Node, Any] = field(default_factory=dict, repr=False)
+
+    def placeholders(self) -> list[Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def input_nodes(self) -> dict[str, Node]:
+        return dict(zip(self.inputs, self.placeholders(), strict=True))
+
+    def output_nodes(self) -> dict[str, Node]:
+        out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return dict(zip(self.outputs, out.args[0], strict=True))  # type: ignore[arg-type]
+
+    def weights(self) -> set[str]:
+        return {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+
+    def replaced(self, graph: Graph) -> Stage:
+        return Stage(graph, self.inputs, self.outputs)
+
+    def run(self, weights: dict[str, Tensor], values: dict[str, Tensor], keep_constants: bool = True) -> dict[str, Tensor]:
+        """Run in plain PyTorch. What depends on weights alone is computed once and kept."""
+        sizes: dict[sympy.Symbol, int] = {}
+        env: dict[Node, Any] = {}
+        for name, node in self.input_nodes().items():
+            if name not in values:
+                raise KeyError(f"input {name!r} is missing")
+            x = values[name]
+            env[node] = x
+            if x.dim() != len(shape_of(node)):
+                raise ValueError(f"input {name}: expected shape {shape_of(node)}, got {tuple(x.shape)}")
+            for wanted, got in zip(shape_of(node), x.shape, strict=True):
+                if isinstance(wanted, sympy.Symbol):
+                    wanted = sizes.setdefault(wanted, got)
+                if wanted != got:
+                    raise ValueError(f"input {name}: expected shape {shape_of(node)}, got {tuple(x.shape)}")
+        last_use = {a: n for n in self.graph.nodes for a in n.all_input_nodes}
+        with torch.inference_mode():
+            for n in self.graph.nodes:
+                if n.op == "get_attr":
+                    env[n] = weights[str(n.target)]
+                elif n.op == "call_function":
+                    if n in self._constants:
+                        env[n] = self._constants[n]
+                    else:
+                        env[n] = evaluate(n, env, sizes)
+                        if n.meta["const"] and keep_constants and any(not u.meta.get("const") for u in n.users):
+                            self._constants[n] = env[n]
+                elif n.op == "output":
+                    return dict(zip(self.outputs, (env[a] for a in n.args[0]), strict=True))  # type: ignore[union-attr]
+                for a in n.all_input_nodes:
+                    if last_use[a] is n:
+                        env.pop(a, None)
+        raise AssertionError("a graph ends with its output")
+
+
+def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int]) -> Any:
+    """One operator on tensors, sizes put in for their symbols."""
+
+    def value(a: Any) -> Any:
+        if isinstance(a, Node):
+            return env[a]
+        return int(a.subs(sizes)) if isinstance(a, sympy.Expr) else a
+
+    args = torch.fx.node.map_aggregate(n.args, value)
+    if n.target is operator.getitem:
+        return args[0][args[1]]  # type: ignore[index]
+    if n.target in (FULL, ARANGE):
+        return n.target(*args, dtype=n.meta["dtype"])  # type: ignore[operator]
+    return n.target(*args)  # type: ignore[operator]
+
+
+@dataclass
+class Program:
+    """See the module docstring. ``program(prompts=..., pixel_values=...)`` runs it; ``print(program)`` shows it."""
+
+    stages: dict[str, Stage]
+    schedule: tuple[Call | Loop, ...]
+    weights: dict[str, Tensor]
+    state: dict[str, tuple[tuple, torch.dtype]]  # carried values that start as zeros: shape and dtype
+    info: dict[str, Any]  # what plans and engines need: image id, rows per image, capacity, eos ids ...
+    has_weights: bool = True
+
+    def copy(self) -> Program:
+        """Another Program that shares weights and graphs; passes replace graphs, they never edit them."""
+        return Program(
+            dict(self.stages), self.schedule, dict(self.weights), dict(self.state), copy.deepcopy(self.info), self.has_weights
+        )
+
+    def with_stage(self, name: str, stage: Stage) -> Program:
+        made = self.copy()
+        made.stages[name] = stage
+        return made
+
+    def drop_unused(self) -> Program:
+        """Without the weights that no stage reads."""
+        made = self.copy()
+        used = set().union(*(s.weights() for s in self.stages.values()))
+        made.weights = {k: v for k, v in self.weights.items() if k in used}
+        return made
+
+    def calls(self) -> Iterator[Call]:
+        for item in self.schedule:
+            yield from item.body if isinstance(item, Loop) else (item,)
+
+    def __str__(self) -> str:
+        from mmopt.text import program_text
+
+        return program_text(self)
+
+    def __call__(
+        self,
+        prompts: list[list[int]],
+        pixel_values: Tensor | None = None,
+        max_new_tokens: int = 1,
+        forced: Tensor | None = None,
+        ignore_eos: bool = False,
+        observe: Callable[[str, Call, dict[str, Tensor], Chunk | None], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run the schedule: prompts are token ids with the image id where an image stands, images in order.
+
+        Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
+        them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
+        """
+        if not self.has_weights:
+            raise ValueError("this Program has shapes only, no weights: it can be optimized and inspected, not run")
+        chunks = plan(prompts, self.info, max_new_tokens)
+        sizes = {"B": len(prompts)}
+        values: dict[str, Any] = {
+            k: torch.zeros([sizes.get(s, s) if isinstance(s, str) else s for s in shape], dtype=dtype)
+            for k, (shape, dtype) in self.state.items()
+        }
+        if pixel_values is not None:
+            values["pixel_values"] = pixel_values.to(self.info["torch_dtype"])
+        tokens: list[Tensor] = []
+        for item in self.schedule:
+            if isinstance(item, Call):
+                if all(n in values for n in self.stages[item.stage].inputs):
+                    self._call(item, values, "", observe, None)
+            elif item.over == "chunks":
+                for chunk in chunks:
+                    self._chunk(item, chunk, values, observe)
+            else:
+                self._decode(item, values, tokens, max_new_tokens, forced, ignore_eos, observe)
+        values["tokens"] = self._until_end(tokens, len(prompts), ignore_eos)
+        return values
+
+    def _call(self, call: Call, values: dict, phase: str, observe, chunk: Chunk | None) -> None:
+        stage = self.stages[call.stage]
+        given = {n: values[call.rename.get(n, n)] for n in stage.inputs}
+        made = stage.run(self.weights, given)
+        values.update({call.rename.get(n, n): v for n, v in made.items()})
+        if observe:
+            observe(phase, call, made, chunk)
+
+    def _chunk(self, loop: Loop, chunk: Chunk, values: dict, observe) -> None:
+        """One chunk of one sample: carried values are that sample's row of the batch, put back afterwards."""
+        lane = slice(chunk.sample, chunk.sample + 1)
+        local = {k: v[lane] if k in self.state else v for k, v in values.items()}
+        width = self.info["hidden_size"]
+        if chunk.images:
+            if "image_rows" not in values:
+                raise ValueError("the prompt has an image marker, but no pixel_values were given")
+            visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
+        else:
+            visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])
+        local |= {"chunk.ids": torch.tensor([chunk.ids]), "chunk.visual": visual}
+        for call in loop.body:
+            self._call(call, local, "prefill", observe, chunk)
+        for k in self.state:
+            if local[k].shape[1:] != values[k].shape[1:]:  # logits: of as many rows as the chunk has; keep the last
+                values[k][lane] = local[k][:, -1:]
+            else:
+                values[k] = values[k].clone()
+                values[k][lane] = local[k]
+
+    def _decode(self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe) -> None:
+        width = self.info["hidden_size"]
+        batch = values["logits"].shape[0]
+        values["no_visual"] = torch.zeros(batch, 0, width, dtype=self.info["torch_dtype"])
+        ended = torch.zeros(batch, 1, dtype=torch.bool)
+        for trip in range(trips):
+            for call in loop.body:
+                if call.stage != loop.body[0].stage and (trip == trips - 1):
+                    continue  # the last token is not fed back
+                self._call(call, values, "decode", observe, None)
+                if call.stage == loop.body[0].stage:
+                    tokens.append(values["ids"])
+                    ended = ended | values[loop.until]
+                    if forced is not None:
+                        values["ids"] = forced[:, trip : trip + 1]
+            if bool(ended.all()) and not ignore_eos and forced is None:
+                break
+
+    def _until_end(self, tokens: list[Tensor], batch: int, ignore_eos: bool) -> list[list[int]]:
+        rows = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in range(batch)]
+        for row in rows if not ignore_eos else []:
+            end = next((i for i, t in enumerate(row) if t in self.info["eos_ids"]), None)
+            if end is not None:
+                del row[end + 1 :]
+        return rows
+
+
+def live_constants(stage: Stage) -> list[Node]:
+    """Constant nodes that something not constant reads (or that are outputs): what an engine has to store."""
+    return [
+        n
+        for n in stage.graph.nodes
+        if n.op in ("get_attr", "call_function") and is_const(n) and any(not u.meta.get("const") for u in n.users)
+    ]

@@ -1,0 +1,70 @@
+"""A Program as stable, readable text: the schedule first, then one line for each node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from mmopt.program import Call, Loop, Program, Stage
+
+
+def op_name(n: Node) -> str:
+    """Short name of a node's operator: ``linear``, ``mmopt.attention``, ``input``, ``weight``."""
+    if n.op != "call_function":
+        return {"placeholder": "input", "get_attr": "weight"}.get(n.op, n.op)
+    if isinstance(n.target, torch._ops.OpOverload):
+        space, name = n.target._schema.name.split("::")
+        return name if space == "aten" else f"{space}.{name}"
+    return getattr(n.target, "__name__", str(n.target))
+
+
+def _shape(n: Node) -> str:
+    shape = n.meta["shape"]
+    if isinstance(shape, list):
+        return "(" + ", ".join("[" + ", ".join(map(str, s)) + "]" for s in shape) + ")"
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def stage_text(stage: Stage) -> str:
+    names: dict[Node, str] = {}
+    lines = []
+
+    def arg(a: Any) -> str:
+        if isinstance(a, Node):
+            return str(a.target) if a.op == "get_attr" else "%" + names[a]
+        if isinstance(a, list | tuple):
+            return "[" + ", ".join(arg(x) for x in a) + "]"
+        if isinstance(a, sympy.Expr):
+            return str(a).replace(" ", "")
+        return str(a).removeprefix("torch.")
+
+    for name, n in stage.input_nodes().items():
+        names[n] = name
+    for n in stage.graph.nodes:
+        if n.op == "call_function":
+            names[n] = str(len(names))
+            const = "const " if n.meta["const"] else ""
+            lines.append(f"  %{names[n]} = {const}{op_name(n)}({', '.join(arg(a) for a in n.args)}) -> {_shape(n)}")
+    ins = ", ".join(f"{name}{_shape(n)}" for name, n in stage.input_nodes().items())
+    outs = ", ".join(f"{name}={arg(n)}" for name, n in stage.output_nodes().items())
+    return f"({ins}):\n" + "\n".join([*lines, f"  return {outs}"])
+
+
+def program_text(p: Program) -> str:
+    def call(c: Call) -> str:
+        renamed = "".join(f", {k}={v}" for k, v in sorted(c.rename.items()))
+        return f"call {c.stage}{renamed}"
+
+    lines = ["schedule:"]
+    for item in p.schedule:
+        if isinstance(item, Loop):
+            head = f"over {item.over}" if item.over else f"{item.trips} times until {item.until}"
+            lines += [f"  loop {head}:", *(f"    {call(c)}" for c in item.body)]
+        else:
+            lines.append(f"  {call(item)}")
+    for name, stage in p.stages.items():
+        lines += ["", f"stage {name}{stage_text(stage)}"]
+    return "\n".join(lines)

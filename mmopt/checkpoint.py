@@ -38,6 +38,13 @@ class Model:
         return next(self.module.parameters()).dtype
 
     @property
+    def processing(self) -> dict[str, Any]:
+        """Image and chat settings of the checkpoint, as an engine stores them."""
+        path = self.directory / "preprocessor_config.json" if self.directory else None
+        preprocessor = _read_json(path) if path is not None and path.is_file() else {}
+        return {"image": self.family.image_processing(self.config, preprocessor), "chat": self.family.chat}
+
+    @property
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 

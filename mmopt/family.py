@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class Family:
     check_derived: Callable[[Any, str, torch.Tensor], str | None]
     image_id: int
     image_marker: str
-    chat: dict[str, str]
+    image_processing: Callable[[Any, dict], dict]  # config, preprocessor_config.json -> fields of ImageProcessor
+    chat: dict[str, str]  # fields of ChatTemplate
     cases: Cases
 
 
@@ -103,13 +104,3 @@ def read_config(kind: type, raw: dict, fixed: dict[str, dict], where: str, **giv
     if wrong:
         raise ValueError("config.json: " + "; ".join(wrong))
     return kind(**values)
-
-
-@dataclass
-class Limits:
-    """Maxima a Program is made for: samples at once, images of one prompt, rows of one sequence (cache capacity)."""
-
-    batch: int = 1
-    images: int = 1
-    context: int = 512
-    extra: dict = field(default_factory=dict)

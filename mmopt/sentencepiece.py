@@ -24,10 +24,10 @@ def convert_sentencepiece(path: str | Path) -> Tokenizer:
     in a text. `tokenizers` does not store the latter in tokenizer.json: after loading such a file set
     `tokenizer.encode_special_tokens = True` (mmopt.processing.TextProcessor does).
 
-    Two differences remain. A model with its own character normalisation (such as nmt_nfkc) is converted with the
-    `Precompiled` normaliser, which differs on "\\r\\n" and on long sequences of combining characters. Unigram scores are
-    added in float64, by sentencepiece in float32, so that among segmentations of equal score (as of a long run of one
-    character) another can be chosen. prove_equal finds out whether these matter for a model.
+    Differences remain, and prove_equal finds out whether they matter for a model. One with its own character
+    normalisation (such as nmt_nfkc) is converted with the `Precompiled` normaliser, which differs on "\\r\\n" and on
+    long sequences of combining characters. Unigram scores are added in float64, by sentencepiece in float32, so that
+    among segmentations of equal score (as of a long run of one character) another can be chosen.
 
     Raises ImportError without sentencepiece or protobuf, FileNotFoundError, and ValueError if the file is not a
     sentencepiece model or uses what `tokenizers` cannot do.
@@ -111,15 +111,15 @@ def _bpe(proto: Any, stand_ins: dict[str, str]) -> Any:
 
 
 def _unigram(proto: Any, stand_ins: dict[str, str]) -> Any:
-    best_score = max((p.score for p in proto.pieces if p.type == p.NORMAL), default=0.0)
     vocabulary = []
     for p in proto.pieces:
         piece, score = p.piece, p.score
         if p.type in (p.NORMAL, p.USER_DEFINED):
             for character, stand_in in stand_ins.items():
                 piece = piece.replace(character, stand_in)
-        if p.type == p.USER_DEFINED:  # better than any pieces of the same length: from unigram_model.cc
-            score = len(p.piece.encode()) * best_score - 0.1
+        if p.type == p.USER_DEFINED:
+            # unigram_model.cc computes length * max_score - 0.1; its max_score starts at FLT_MIN, so it is about 0.
+            score = -0.1
         vocabulary.append((piece, score))
     unknown_id = next(i for i, p in enumerate(proto.pieces) if p.type == p.UNKNOWN)
     return models.Unigram(vocabulary, unknown_id, proto.trainer_spec.byte_fallback)

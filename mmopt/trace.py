@@ -87,6 +87,8 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int = 512) -> 
         "context": context,
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch_dtype": model.dtype,
+        "processing": model.processing,
+        "directory": str(model.directory) if model.directory else None,
     }
     return Program(traced, schedule, weights, state, info, model.has_weights).drop_unused()
 

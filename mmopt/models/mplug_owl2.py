@@ -524,6 +524,28 @@ def check_derived(config: Config, name: str, value: Tensor) -> str | None:
     return None if error < 1e-2 else f"differs from the sine positions by {error:.3g}"
 
 
+def image_processing(config: Config, preprocessor: dict) -> dict:
+    """config.json and preprocessor_config.json (may be empty) -> the fields of `ImageProcessor`.
+
+    Unset values are the reference's: CLIP's mean and standard deviation, and a squash to a square (quick start and
+    evaluation scripts) unless config.json says ``image_aspect_ratio``.
+    """
+    size = config.vision.image_size
+    for key in ("size", "crop_size"):
+        given = preprocessor.get(key, size)
+        given = given.get("height", given.get("shortest_edge")) if isinstance(given, dict) else given
+        if given != size:
+            raise ValueError(f"preprocessor_config.json: {key} is {given}, but the vision tower takes {size} pixels")
+    if preprocessor.get("resample", 3) != 3 or not preprocessor.get("do_normalize", True):
+        raise ValueError("preprocessor_config.json: only bicubic resampling (3) and do_normalize true are supported")
+    return {
+        "size": size,
+        "mean": preprocessor.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),
+        "std": preprocessor.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
+        "mode": config.image_aspect_ratio,
+    }
+
+
 FAMILY = Family(
     name="mplug_owl2",
     architectures=("MPLUGOwl2LlamaForCausalLM",),
@@ -535,6 +557,7 @@ FAMILY = Family(
     check_derived=check_derived,
     image_id=IMAGE_ID,
     image_marker=IMAGE_MARKER,
+    image_processing=image_processing,
     chat={"user": "USER: ", "assistant": "ASSISTANT:", "separator": " ", "end": "</s>", "image": IMAGE_MARKER},
     cases=Cases(VISION_TAPS, INPUT_TAPS, LANGUAGE_TAPS, atol=2e-4, rtol=1e-4),
 )

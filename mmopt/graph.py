@@ -97,6 +97,8 @@ class Builder:
         if op in (EXPAND, RESHAPE):
             if shape_of(args[0]) == shape:
                 return args[0]
+            if args[0].target is FULL:
+                return self.emit(FULL, (shape, args[0].args[1]), shape, dtype, source)
             if op is RESHAPE and args[0].target is RESHAPE:
                 return self.emit(op, (args[0].args[0], *args[1:]), shape, dtype, source)
         if op is SLICE:

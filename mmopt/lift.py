@@ -129,7 +129,7 @@ class Lift:
                 given = self.value(n.kwargs[a.name])
             else:
                 given = a.default_value
-            if a.name in ("alpha", "cudnn_enable") and given in (1, True):
+            if a.name == "cudnn_enable" or (a.name == "alpha" and given == 1):
                 continue
             bound[a.name] = given
         return bound

@@ -92,14 +92,15 @@ def _load(path: str | Path) -> tuple[Any, Any]:
 def _bpe(proto: Any, stand_ins: dict[str, str]) -> Any:
     vocabulary = {stand_ins.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
     scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    # sentencepiece merges the adjacent pair whose concatenation has the highest score; here each pair needs a rank of
-    # its own. Splits of the same piece: the better left part first, as the leftmost merge wins a tie there.
+    # sentencepiece merges the adjacent pair whose concatenation has the highest score, the leftmost one of equals. Here
+    # each pair needs a rank of its own. Equal scores occur in runs of one character: LLaMA gives all its runs of spaces
+    # the same one. There the leftmost pair is the one with the longest left part, as merged runs are on the left.
     merges = []
     for piece, score in scores.items():
         for i in range(1, len(piece)):
             left, right = piece[:i], piece[i:]
             if left in scores and right in scores:
-                merges.append((-score, vocabulary[left], vocabulary[right], left, right))
+                merges.append((-score, -len(left), vocabulary[piece], left, right))
     merges.sort()
     return models.BPE(
         vocab=vocabulary,
@@ -236,7 +237,7 @@ def _test_strings(proto: Any, n: int, seed: int) -> list[str]:
             first, last = rng.choice(CHARACTER_RANGES)
             return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 6)))
         if kind == 3:
-            return " " * rng.randint(1, 8)
+            return " " * rng.choice([1, 2, 3, 4, 7, rng.randint(1, 60)])
         if kind == 4:
             return rng.choice(["\n", "\n\n", "\t", "\r\n", ".", ", ", "123", SPACE])
         if kind == 5:

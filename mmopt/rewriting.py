@@ -1,0 +1,66 @@
+"""What a pass is: Program -> (Program, Report). It never edits its input, never prints, never checks itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph
+
+from mmopt.program import Program
+
+
+@dataclass
+class Report:
+    """What a pass did, where, and why it left alone what it left alone."""
+
+    name: str
+    contract: str = "exact"
+    rewrites: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    checked: str = "not checked"
+    seconds: float = 0.0
+
+    def did(self, where: str) -> None:
+        self.rewrites.append(where)
+
+    def skip(self, where: str, why: str) -> None:
+        if (line := f"{where}: {why}") not in self.skipped:
+            self.skipped.append(line)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.contract}, {self.checked}): {len(self.rewrites)} rewrites"]
+        lines += [f"  did   {r}" for r in _grouped(self.rewrites)]
+        lines += [f"  left  {s}" for s in _grouped(self.skipped)]
+        return "\n".join(lines)
+
+
+def _grouped(lines: list[str], most: int = 6) -> list[str]:
+    """The first lines of a long list, and how many more there are."""
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+class Pass:
+    """A rewrite of a Program. `contract` is "exact" (outputs equal up to rounding) or "approximate" (drift measured)."""
+
+    contract = "exact"
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def __call__(self, program: Program) -> tuple[Program, Report]:
+        report = Report(self.name, self.contract)
+        return self.run(program, report).drop_unused(), report
+
+    def run(self, program: Program, report: Report) -> Program:
+        """By default: each stage's graph by itself."""
+        made = program.copy()
+        for name, stage in program.stages.items():
+            graph = self.rewrite(stage.graph, name, report)
+            if graph is not stage.graph:
+                made.stages[name] = stage.replaced(graph)
+        return made
+
+    def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
+        """Return a new graph, or the same one if nothing applies (and say why in the report)."""
+        raise NotImplementedError

@@ -1,0 +1,119 @@
+"""W (g * n(x) + b + c) = (W g) n(x) + W (b + c): what is constant is folded into the weights, where that saves work.
+
+- A slice of a projection is a projection by a slice of the weight: interleaved heads are put in order at compile time.
+- Several norms of one value that differ in gain and bias alone become one norm; gains, biases and added constants move
+  into the projections that read them. A norm with a single reader is left alone: its kernel applies the gain for free.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from mmopt.graph import ADD, LAYER_NORM, LINEAR, MUL, RESHAPE, SLICE, Builder, rebuild, shape_of
+from mmopt.rewriting import Pass, Report
+
+
+class FoldConstants(Pass):
+    def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
+        graph = self.slice_weights(graph, stage, report)
+        return self.share_norms(graph, stage, report)
+
+    def slice_weights(self, graph: Graph, stage: str, report: Report) -> Graph:
+        """reshape(slice(reshape(W x, [.., a, s, c]), i), [.., a c]) = W[:, i] x"""
+        count = 0
+
+        def visit(b: Builder, n: Node, args: tuple) -> Node | None:
+            nonlocal count
+            if n.target is not RESHAPE or args[0].target is not SLICE:
+                return None
+            cut = args[0]
+            wide, dim, lo, hi = cut.args
+            if wide.target is not RESHAPE or wide.args[0].target is not LINEAR:
+                return None
+            x, w, bias = (*wide.args[0].args, None)[:3]
+            rows, shape = shape_of(x)[:-1], shape_of(wide)
+            r = len(rows)
+            if shape[:r] != rows or dim < r or shape_of(n)[:r] != rows or len(shape_of(n)) != r + 1:
+                return None
+            inner = tuple(shape[r:])
+            def ordered(weight: Node) -> Node:
+                tail = shape_of(weight)[1:]
+                part = b.slice(b.reshape(weight, (*inner, *tail)), dim - r, lo, hi)
+                return b.reshape(part, (shape_of(n)[-1], *tail))
+
+            count += 1
+            new = (x, ordered(w)) if bias is None else (x, ordered(w), ordered(bias))
+            return b.emit(LINEAR, new, shape_of(n), n.meta["dtype"])
+
+        made = rebuild(graph, visit)
+        if count:
+            report.did(f"{stage}: {count} slices of projections are slices of their weights")
+        return made if count else graph
+
+    def share_norms(self, graph: Graph, stage: str, report: Report) -> Graph:
+        norms: dict[tuple, list[Node]] = {}
+        for n in graph.nodes:
+            if n.target is LAYER_NORM and not n.meta["const"] and len(n.args) > 2 and n.args[2] is not None:
+                norms.setdefault((n.args[0], n.args[1], n.args[4]), []).append(n)
+        shared = {n for group in norms.values() if len(group) > 1 for n in group if all(map(foldable, n.users))}
+        single = sum(len(group) == 1 for group in norms.values())
+        if single:
+            report.skip(stage, f"{single} norms have one gain and a fused kernel: folding it would save nothing")
+        if not shared:
+            return graph
+        count = 0
+
+        def visit(b: Builder, n: Node, args: tuple) -> Node | None:
+            nonlocal count
+            if n.target is not LINEAR:
+                return None
+            norm, added = as_norm(n.args[0])  # type: ignore[arg-type]
+            if norm not in shared:
+                return None
+            seen = args[0]
+            constant = None
+            if added is not None:
+                new_norm, constant = seen.args if seen.args[0].target is LAYER_NORM else reversed(seen.args)
+            else:
+                new_norm = seen
+            x, size, gain, shift, eps = (*new_norm.args, None, None)[:5]
+            plain = b.emit(LAYER_NORM, (x, size, None, None, eps), shape_of(norm), norm.meta["dtype"])
+            w, bias = args[1], (*args, None)[2]
+            scaled = b.emit(MUL, (w, gain), shape_of(w), w.meta["dtype"])
+            total = shift if constant is None else b.emit(ADD, (constant, shift), shape_of(constant), shift.meta["dtype"])
+            count += 1
+            if total is None:
+                moved = bias
+            else:
+                out = (*shape_of(total)[:-1], shape_of(w)[0])
+                moved = b.emit(LINEAR, (total, w, bias) if bias is not None else (total, w), out, w.meta["dtype"])
+            product = b.emit(LINEAR, (plain, scaled), shape_of(n), n.meta["dtype"])
+            if moved is None:
+                return product
+            if len(shape_of(moved)) == 1:
+                return b.emit(LINEAR, (plain, scaled, moved), shape_of(n), n.meta["dtype"])
+            return b.emit(ADD, (product, moved), shape_of(n), n.meta["dtype"])
+
+        made = rebuild(graph, visit)
+        report.did(f"{stage}: {len(shared)} norms of the same rows became one; {count} projections took their gains")
+        return made
+
+
+def as_norm(x: Node) -> tuple[Node | None, Node | None]:
+    """(norm, constant) if x is norm or norm + constant."""
+    if x.target is LAYER_NORM:
+        return x, None
+    if x.target is ADD and len(x.args) == 2:
+        for norm, c in (x.args, reversed(x.args)):
+            if isinstance(norm, Node) and norm.target is LAYER_NORM and isinstance(c, Node) and c.meta["const"]:
+                return norm, c
+    return None, None
+
+
+def foldable(user: Node) -> bool:
+    """True for a projection, and for the sum with a constant that projections alone read."""
+    if user.target is LINEAR:
+        return True
+    return user.target is ADD and any(isinstance(a, Node) and a.meta["const"] for a in user.args) and all(
+        u.target is LINEAR for u in user.users
+    )

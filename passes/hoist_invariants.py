@@ -1,0 +1,145 @@
+"""loop(f(a), g(a, x)) = y = f(a); loop(g(y, x)): nothing that a loop does not change is computed in the loop.
+
+Three levels: what depends on weights alone is computed when the program is compiled (it becomes a constant: broadcasts
+are moved behind it, f(expand(c)) = expand(f(c))); what depends only on values that a loop does not write moves to a stage
+called once before the loop; the rest stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, on_part, operand_dims, rebuild, shape_of
+from mmopt.program import Call, Loop, Program, Stage
+from mmopt.rewriting import Pass, Report
+
+
+class HoistInvariants(Pass):
+    def run(self, program: Program, report: Report) -> Program:
+        made = program.copy()
+        for name, stage in program.stages.items():
+            graph, moved = sink_broadcasts(stage.graph)
+            if moved:
+                report.did(f"{name}: {moved} operators depend on weights alone and are computed at compile time")
+                made.stages[name] = stage.replaced(graph)
+            else:
+                report.skip(name, "no operator depends on weights alone")
+        schedule: list[Call | Loop] = []
+        for item in made.schedule:
+            if isinstance(item, Loop) and item.over is None:
+                before, item = self.hoist(made, item, report)
+                schedule += before
+            schedule.append(item)
+        made.schedule = tuple(schedule)
+        return made
+
+    def hoist(self, program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
+        """Calls to make once before the loop, and the loop without what they do. Stages of `program` are replaced."""
+        written = {c.rename.get(o, o) for c in loop.body for o in program.stages[c.stage].outputs}
+        before: list[Call] = []
+        body: list[Call] = []
+        outside = {c.stage for i in program.schedule for c in (i.body if isinstance(i, Loop) and i is not loop else ())}
+        for call in loop.body:
+            stage = program.stages[call.stage]
+            fixed = {i for i in stage.inputs if call.rename.get(i, i) not in written}
+            split = split_stage(stage, fixed, call.stage)
+            if split is None:
+                report.skip(call.stage, "every product in it depends on what the loop changes")
+                body.append(call)
+                continue
+            if call.stage in outside:
+                report.skip(call.stage, "called outside the loop too: a second copy would hold its weights twice")
+                body.append(call)
+                continue
+            once, step, values = split
+            program.stages[f"{call.stage}.once"], program.stages[call.stage] = once, step
+            before.append(Call(f"{call.stage}.once", {i: call.rename[i] for i in once.inputs if i in call.rename}))
+            body.append(call)
+            report.did(f"{call.stage}: {len(values)} values that the loop does not change are computed once before it")
+        return before, Loop(tuple(body), loop.over, loop.trips, loop.until)
+
+
+def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
+    """f(expand(c)) -> expand(f(c)) for what is broadcast along the batch: f(c) is then a constant."""
+    moved = 0
+
+    def visit(b: Builder, n: Node, args: tuple) -> Node | None:
+        nonlocal moved
+        shape = shape_of(n)
+        wide = [a for a in args if isinstance(a, Node) and a.target is EXPAND and a.args[0].meta["const"]]
+        if not wide or not isinstance(shape, tuple) or isinstance(shape[0], int) or n.target is EXPAND:
+            return None
+        rule = operand_dims(n, 0)
+        if rule is None:
+            return None
+        narrow: list[Any] = []
+        for i, a in enumerate(args):
+            if a in wide and rule.get(i) == 0 and shape_of(a.args[0])[1:] == shape_of(a)[1:] and shape_of(a.args[0])[0] == 1:
+                narrow.append(a.args[0])
+            elif isinstance(a, Node) and not (a.meta["const"] and (rule.get(i) is None or is_pointwise(n.target))):
+                return None
+            else:
+                narrow.append(a)
+        moved += 1
+        return b.emit(EXPAND, (on_part(b, n, 0, 1, tuple(narrow)), shape), shape, n.meta["dtype"])
+
+    made = rebuild(graph, visit)
+    return (made, moved) if moved else (graph, 0)
+
+
+def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage, list[str]] | None:
+    """(once, step, names of the values between them), or None if nothing worth moving depends on `fixed` inputs alone."""
+    inputs = stage.input_nodes()
+    invariant: set[Node] = {n for i, n in inputs.items() if i in fixed}
+    heavy: set[Node] = set()
+    for n in stage.graph.nodes:
+        if n.op == "get_attr" or n.meta.get("const"):
+            invariant.add(n)
+        elif n.op == "call_function" and n.all_input_nodes and all(a in invariant for a in n.all_input_nodes):
+            invariant.add(n)
+            if n.target in HEAVY or any(a in heavy for a in n.all_input_nodes):
+                heavy.add(n)
+    outputs = stage.output_nodes()
+    frontier = [
+        n
+        for n in stage.graph.nodes
+        if n in heavy and isinstance(shape_of(n), tuple)
+        and (any(u not in invariant for u in n.users) or n in outputs.values())
+    ]  # fmt: skip
+    if not frontier:
+        return None
+    values = {n: f"{name}.once.{i}" for i, n in enumerate(frontier)}
+
+    def part(stop: dict[Node, str], wanted: dict[str, Node]) -> Stage:
+        """The stage that computes `wanted`, with the nodes of `stop` as inputs."""
+        b, env = Builder(), {}
+        for i, n in inputs.items():
+            env[n] = b.placeholder(i.replace(".", "_"), shape_of(n), n.meta["dtype"])
+        for n, value in stop.items():
+            env[n] = b.placeholder(value.replace(".", "_"), shape_of(n), n.meta["dtype"])
+        for n in stage.graph.nodes:
+            if n in env or n.op in ("placeholder", "output"):
+                continue
+            if n.op == "get_attr":
+                env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+            else:
+                env[n] = b.copy(n, _mapped(n.args, env))
+        b.output([env[n] for n in wanted.values()])
+        names = [*inputs, *stop.values()]
+        unused = [p for p in b.graph.nodes if p.op == "placeholder" and not p.users]
+        kept = [i for i, p in zip(names, [p for p in b.graph.nodes if p.op == "placeholder"], strict=True) if p not in unused]
+        for p in unused:
+            b.graph.erase_node(p)
+        return Stage(b.graph, kept, list(wanted))
+
+    once = part({}, {v: n for n, v in values.items()})
+    step = part(values, outputs)
+    return once, step, list(values.values())
+
+
+def _mapped(args: Any, env: dict) -> Any:
+    if isinstance(args, tuple | list):
+        return tuple(_mapped(a, env) for a in args)
+    return env[args] if isinstance(args, Node) else args

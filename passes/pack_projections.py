@@ -61,7 +61,7 @@ class PackProjections(Pass):
                 by_rows.setdefault((n.args[0], len(n.args)), []).append(n)
         groups = []
         for members in by_rows.values():
-            alone = [n for n in members if len(n.args[1].users) == 1]  # type: ignore[union-attr]
+            alone = [n for n in members if sum(not u.meta.get("const") for u in n.args[1].users) == 1]  # type: ignore[union-attr]
             for n in members:
                 if n not in alone and len(members) > 1:
                     report.skip(stage, f"the weight of {n.name} is read elsewhere too")

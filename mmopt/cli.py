@@ -1,0 +1,259 @@
+"""The command line: mmopt inspect | optimize | export | run | verify | bench.
+
+Exit codes: 0 all is well, 1 a check did not hold, 2 wrong use or bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="A compiler for multimodal models: load, optimize, export, run, verify, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True, highlight=False)
+
+CheckpointArgument = Annotated[
+    Optional[str], typer.Argument(help="A checkpoint directory in its official layout, or a hub id.")  # noqa: UP045
+]
+ConfigOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--config", help="A shipped config instead of a checkpoint: mplug-owl2-7b, -mid, -tiny; or a config.json."),
+]
+BatchOption = Annotated[int, typer.Option(help="Samples at once, at most.", min=1)]
+ImagesOption = Annotated[int, typer.Option(help="Images of one prompt, at most.", min=0)]
+ContextOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Rows of one sequence (prompt, images, answer), at most. [default: 512 or less]", min=1),
+]
+DtypeOption = Annotated[Optional[str], typer.Option(help="float32, float16 or bfloat16. [default: as stored]")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+class Failed(Exception):
+    """A check that did not hold: exit code 1."""
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal, silence elsewhere; the yielded function says what is being done now."""
+    if not errors.is_terminal:
+        yield lambda now: None
+        return
+    with errors.status(text) as status:
+        yield lambda now: status.update(f"{text}: {now}")
+
+
+def get_model(checkpoint: str | None, config: str | None, dtype: str | None, random: bool = False) -> Any:
+    import mmopt
+
+    if (checkpoint is None) == (config is None):
+        raise ValueError("give either a checkpoint or --config")
+    if checkpoint is not None:
+        return mmopt.load(checkpoint, dtype)
+    return mmopt.from_config(config, dtype or "float32", random=random)  # type: ignore[arg-type]
+
+
+def show(data: dict, text: str, as_json: bool) -> None:
+    print(json.dumps(data, indent=1) if as_json else text)
+
+
+@app.command()
+def inspect(
+    checkpoint: CheckpointArgument = None,
+    config: ConfigOption = None,
+    optimized: Annotated[bool, typer.Option("--optimized", help="After the exact passes.")] = False,
+    batch: BatchOption = 1,
+    images: ImagesOption = 1,
+    context: ContextOption = None,
+    dtype: DtypeOption = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the stages of a model: operators, FLOPs, weights read, the schedule. Needs no weights with --config."""
+    import mmopt
+
+    with progress("inspecting") as now:
+        now("tracing")
+        program = mmopt.trace(get_model(checkpoint, config, dtype), batch, images, context)
+        reports: list = []
+        if optimized:
+            now("optimizing")
+            result = mmopt.optimize(program, check=False)
+            program, reports = result.program, result.reports
+        report = mmopt.inspect(program, reports, batch=batch, images=images)
+    from mmopt.inspection import text
+
+    show(report, text(report) + (f"\n\n{program}" if graphs else ""), as_json)
+
+
+@app.command()
+def optimize(
+    checkpoint: CheckpointArgument = None,
+    config: ConfigOption = None,
+    batch: BatchOption = 1,
+    images: ImagesOption = 1,
+    context: ContextOption = None,
+    dtype: DtypeOption = None,
+    check: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """Run the exact passes and report what each did, where, and what it left alone. `export` does this too."""
+    import mmopt
+
+    with progress("optimizing") as now:
+        now("tracing")
+        program = mmopt.trace(get_model(checkpoint, config, dtype), batch, images, context)
+        result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
+    if out is not None:
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(str(result.program) + "\n")
+        temporary.rename(out)
+    show({"reports": [vars(r) for r in result.reports]}, str(result), as_json)
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="Directory of the engine to write.")],
+    target: Annotated[str, typer.Option(help="onnx (for ONNX Runtime) or tensorrt.")] = "onnx",
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Precision of the engine. [default: float32 for onnx, as stored for tensorrt]"),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="copy, or link: leave unchanged weights in the checkpoint's files.")] = "copy",
+    batch: BatchOption = 1,
+    images: ImagesOption = 1,
+    context: ContextOption = None,
+    passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
+    check: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Optimize a checkpoint and write it as an engine directory."""
+    import mmopt
+
+    with progress("exporting") as now:
+        now("tracing")
+        program = mmopt.trace(mmopt.load(checkpoint), batch, images, context)  # type: ignore[arg-type]
+        reports: list = []
+        if passes:
+            result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
+            program, reports = result.program, result.reports
+        made = mmopt.export(program, out, target=target, dtype=dtype, weights=weights, reports=reports, progress=now)
+    size = sum(f.stat().st_size for f in made.iterdir())
+    text = "\n".join([*map(str, reports), f"wrote {made} ({size / 1e6:.1f} MB)"])
+    show({"engine": str(made), "bytes": size, "reports": [vars(r) for r in reports]}, text, as_json)
+
+
+@app.command()
+def run(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    image: Annotated[Optional[list[str]], typer.Option(help="An image: a path or URL; may be repeated.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    top_k: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(min=0.0, max=1.0)] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")] = None,  # noqa: UP045
+    provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,  # noqa: UP045
+    threads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one question about images with an exported engine."""
+    from mmopt.engine import Engine
+
+    with progress("loading"):
+        loaded = Engine(engine, provider=provider, threads=threads)
+    options: dict[str, Any] = {
+        "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()),
+    }  # fmt: skip
+    if as_json:
+        made = loaded.generate(prompt, **options)
+        print(json.dumps({k: getattr(made, k) for k in ("text", "ids", "finish_reason", "prompt_tokens", "completion_tokens")}))
+        return
+    for piece in loaded.generate(prompt, stream=True, **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory.")],
+    cases: Annotated[list[Path], typer.Argument(help="Recorded cases (.safetensors).")],
+    at: Annotated[str, typer.Option(help="Points of the line, with commas.")] = "model,program,optimized,engine",
+    dtype: Annotated[str, typer.Option(help="Compute in float32, float16 or bfloat16.")] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Replay recorded cases of the reference implementation; exit 1 if anything differs."""
+    from mmopt.cases import replay, table
+
+    with progress("verifying") as now:
+        result = replay(checkpoint, cases, at=tuple(a.strip() for a in at.split(",") if a.strip()), dtype=dtype, progress=now)
+    show(result, table(result), as_json)
+    if not result["rows"] or not all(r["ok"] for r in result["rows"]):
+        raise Failed
+
+
+@app.command()
+def bench(
+    checkpoint: CheckpointArgument = None,
+    config: ConfigOption = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Needed with --config.")] = False,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 30,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    context: Annotated[int, typer.Option(help="Cache capacity in rows; half of it is filled.", min=16)] = 768,
+    dtype: DtypeOption = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """Time eager, compiled, optimized and engine side by side in one process."""
+    from mmopt.benchmark import bench as measure
+    from mmopt.report import bench_plot, bench_text
+
+    if config is not None and not random_weights:
+        raise ValueError("--config has no weights: say --random-weights to time it with random ones")
+    with progress("measuring") as now:
+        model = get_model(checkpoint, config, dtype, random=True)
+        result = measure(model, context=context, rounds=rounds, threads=threads, progress=now)
+    if plot is not None:
+        bench_plot(result, plot)
+    show(result, bench_text(result), as_json)
+
+
+def main() -> None:
+    """Entry point: bad input is one clear line and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except Failed:
+        sys.exit(1)
+    except (ValueError, OSError, ImportError, KeyError) as e:
+        errors.print(f"[bold red]error[/]: {e}", markup=True, soft_wrap=True)
+        sys.exit(2)
+    except RuntimeError as e:
+        if type(e).__name__ != "ContractError":
+            raise
+        errors.print(f"[bold red]check failed[/]: {e}", soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

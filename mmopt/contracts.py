@@ -1,0 +1,153 @@
+"""Equality of two Programs on fresh random inputs; the tolerances of every contract stand in one table here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmopt.program import Program
+
+# A pass may change the order of additions, so equal means: |a - b| <= rtol * (rms of the value) * 10 at the worst
+# element and rtol * rms on average. Half precision accumulates rounding through all layers.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+BUDGET = 2e12  # FLOPs of one check; larger programs are checked only when asked for
+
+
+class ContractError(RuntimeError):
+    """A pass broke its promise. ``program`` is the last good Program."""
+
+    def __init__(self, message: str, program: Program):
+        super().__init__(message)
+        self.program = program
+
+
+@dataclass(frozen=True)
+class Difference:
+    stage: str
+    output: str
+    node: str
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"stage {self.stage}, output {self.output} (node {self.node}): error {self.error:.3g}, allowed {self.allowed:.3g}"
+
+
+def drawn_weights(program: Program, seed: int) -> dict[str, Tensor]:
+    """The weights, with those that are all zero drawn anew: a gate that starts at zero would hide what lies behind it."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name, w in program.weights.items():
+        if w.is_floating_point() and not bool(w.any()):
+            w = (torch.randn(w.shape, generator=g) * 0.5).to(w.dtype)
+        drawn[name] = w
+    return drawn
+
+
+def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
+    """Prompts (none, one and several images, unequal lengths), pixels and forced tokens for one check.
+
+    Size 0 is one sample; size 1 a batch of unequal ones, as far as the program's limits allow.
+    """
+    g = torch.Generator().manual_seed(seed * 1000 + size)
+    info = program.info
+
+    def text(n: int) -> list[int]:
+        return torch.randint(3, info["vocab_size"], (n,), generator=g).tolist()
+
+    image = [info["image_id"]]
+    spare = info["context"] - 4
+    shapes: list[list[list[int]]] = [[text(3), image, text(6)]]
+    if size:
+        shapes = [[text(2), image, text(5)], [text(7)], [text(1), image, text(2), image, text(4)]]
+    prompts = []
+    for parts in shapes:
+        prompt: list[int] = []
+        images = rows = 0
+        for part in parts:
+            need = info["rows_per_image"] if part == image else len(part)
+            if (part == image and images >= info["images"]) or rows + need > spare:
+                continue
+            prompt += part
+            images, rows = images + (part == image), rows + need
+        prompts.append(prompt if prompt and prompt[-1] != info["image_id"] else [*prompt, *text(1)])
+    prompts = prompts[: info["batch"]]
+    count = sum(t == info["image_id"] for p in prompts for t in p)
+    inputs: dict[str, Any] = {"prompts": prompts, "max_new_tokens": 3, "ignore_eos": True}
+    inputs["forced"] = torch.randint(3, info["vocab_size"], (len(prompts), 3), generator=g)
+    if count:
+        size_of = next(s.input_nodes()["pixel_values"] for s in program.stages.values() if "pixel_values" in s.inputs)
+        inputs["pixel_values"] = torch.randn((count, *size_of.meta["shape"][1:]), generator=g)
+    return inputs
+
+
+def record(program: Program, weights: dict[str, Tensor], inputs: dict[str, Any]) -> list[tuple[str, str, str, Tensor]]:
+    """Every stage output of one run: (stage, output, node, value). Caches only up to the rows in use."""
+    rows: list[tuple[str, str, str, Tensor]] = []
+    run = program.copy()
+    run.weights = {k: weights[k] for k in program.weights}
+    run.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}  # constants of these weights only
+
+    def observe(phase, call, made, chunk):
+        nodes = run.stages[call.stage].output_nodes()
+        for name, value in made.items():
+            rows.append((call.stage, name, nodes[name].name, value.clone()))
+
+    run(**inputs, observe=observe)
+    return rows
+
+
+def compare(before: Program, after: Program, seed: int = 0) -> Difference | None:
+    """The first difference between two Programs over two sizes of random inputs, or None.
+
+    Values are paired by stage and name in the order they are made. One that holds fewer rows after a pass is compared
+    on its last rows.
+    """
+    weights = drawn_weights(before, seed) | {k: w for k, w in after.weights.items() if k not in before.weights}
+    for size in (0, 1):
+        inputs = random_inputs(before, size, seed)
+        reference: dict[tuple[str, str, int], Tensor] = {}
+        counts: dict[tuple[str, str], int] = {}
+
+        def key(stage: str, name: str, counts: dict) -> tuple[str, str, int]:
+            counts[stage, name] = counts.get((stage, name), 0) + 1
+            return stage, name, counts[stage, name]
+
+        for stage, name, _, value in record(before, weights, inputs):
+            reference[key(stage, name, counts)] = value
+        counts = {}
+        matched = 0
+        for stage, name, node, value in record(after, weights, inputs):
+            expected = reference.get(key(stage, name, counts))
+            if expected is None:
+                continue
+            matched += 1
+            if value.dim() > 1 and value.shape[1] < expected.shape[1]:
+                expected = expected[:, -value.shape[1] :]
+            found = difference(expected, value)
+            if found is not None:
+                return Difference(stage, name, node, *found)
+        if not matched:
+            return Difference("-", "-", "-", float("inf"), 0.0)
+    return None
+
+
+def difference(expected: Tensor, value: Tensor) -> tuple[float, float] | None:
+    """(error, allowed) if two values differ by more than the table allows for their dtype."""
+    if expected.shape != value.shape:
+        return float("inf"), 0.0
+    if not expected.is_floating_point():
+        return None if expected.dtype != torch.float32 and torch.equal(expected, value) else (float("inf"), 0.0)
+    if expected.numel() == 0:
+        return None
+    e, v = expected.double(), value.double()
+    scale = float(e.square().mean().sqrt()) or 1.0
+    allowed = TOLERANCE[expected.dtype] * scale
+    error = float((e - v).abs().max())
+    mean = float((e - v).abs().mean())
+    if not (error <= 10 * allowed and mean <= allowed):  # written so that nan fails
+        return error, 10 * allowed
+    return None

@@ -1,0 +1,93 @@
+"""optimize(program): run passes in order and hold each to its contract."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mmopt.passes.drop_unread_rows import DropUnreadRows
+from mmopt.passes.fold_constants import FoldConstants
+from mmopt.passes.hoist_invariants import HoistInvariants
+from mmopt.passes.pack_projections import PackProjections
+from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.split_rows import SplitRows
+from mmopt.program import Program
+from mmopt.rewriting import Pass, Report
+from mmopt.contracts import BUDGET, ContractError, compare
+
+Observer = Callable[[str, Report | None], None]
+
+
+def default_passes() -> list[Pass]:
+    """The exact passes, in order."""
+    return [
+        DropUnreadRows(),
+        SplitRows(),
+        RejoinRows(),
+        HoistInvariants(),
+        FoldConstants(),
+        PackProjections(),
+    ]
+
+
+@dataclass
+class Result:
+    """An optimized Program and what each pass did; ``print(result)`` shows it."""
+
+    program: Program
+    reports: list[Report] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(str(r) for r in self.reports)
+
+
+def optimize(
+    program: Program,
+    passes: Sequence[Pass] | None = None,
+    check: bool | None = None,
+    observers: Sequence[Observer] = (),
+) -> Result:
+    """Run `passes` (by default the exact ones). The input Program is not changed.
+
+    After each exact pass the Program is compared with the one before it on fresh random inputs at two sizes. `check`
+    None does so where it is affordable and says so in the report where it is not. A pass that breaks its promise raises
+    ContractError, which names stage, output, node and error and carries the last good Program.
+    """
+    result = Result(program)
+    unchecked = why_unchecked(program) if check is None else (None if check else "checks are off")
+    for p in default_passes() if passes is None else passes:
+        for tell in observers:
+            tell(p.name, None)
+        start = time.perf_counter()
+        try:
+            made, report = p(result.program)
+        except ContractError:
+            raise
+        except Exception as e:
+            raise ContractError(f"pass {p.name} failed: {type(e).__name__}: {e}", result.program) from e
+        report.seconds = time.perf_counter() - start
+        if not report.rewrites:
+            report.checked = "nothing to check"
+        elif unchecked:
+            report.checked = f"not checked: {unchecked}"
+        else:
+            found = compare(result.program, made)
+            if found is not None and p.contract == "exact":
+                raise ContractError(f"pass {p.name} promised to be exact: {found}", result.program)
+            report.checked = "checked" if found is None else f"drift: {found}"
+        result = Result(made, [*result.reports, report])
+        for tell in observers:
+            tell(p.name, report)
+    return result
+
+
+def why_unchecked(program: Program) -> str | None:
+    """None if comparing Programs is affordable, else the reason why it is left out."""
+    if not program.has_weights:
+        return "shapes only, no weights"
+    values = sum(w.numel() for w in program.weights.values())
+    flops = 2.0 * values * 2 * 2 * (3 * program.info["rows_per_image"] + 40)
+    if flops > BUDGET:
+        return f"about {flops / 1e12:.0f} TFLOP, more than {BUDGET / 1e12:.0f}; ask for it with check=True"
+    return None

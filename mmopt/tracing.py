@@ -1,0 +1,130 @@
+"""trace(model) -> Program: each stage through torch.export, then lifted to canonical form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from mmopt.checkpoint import Model
+from mmopt.family import StageSpec, TensorSpec
+from mmopt.graph import symbol
+from mmopt.lift import Lift
+from mmopt.program import Call, Loop, Program, Stage
+
+# Sizes to trace at: at least 2 (1 would be taken for a constant) and all different (equal ones would be tied together).
+EXAMPLE = {"B": 3, "N": 2, "nv": 5, "nt": 7}
+
+
+class NextToken(nn.Module):
+    """Greedy choice: the likeliest id after the last row, and whether it ends the sample."""
+
+    def __init__(self, eos_ids: list[int]):
+        super().__init__()
+        self.eos_ids = eos_ids
+
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = logits[:, -1:].argmax(-1)
+        done = ids == self.eos_ids[0]
+        for e in self.eos_ids[1:]:
+            done = done | (ids == e)
+        return ids, done
+
+
+def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = None) -> Program:
+    """Trace a loaded model (or one of shapes only) for at most `batch` samples of `images` images each.
+
+    `context` is the capacity of the KV caches in rows: prompt, images and new tokens together (by default 512, or what
+    the config allows if that is less). Batch and prompt length stay free in the graphs. Raises ValueError if the config
+    does not allow that many rows.
+    """
+    c = model.config
+    context = min(512, c.max_position_embeddings) if context is None else context
+    for name, value in (("batch", batch), ("images", images), ("context", context)):
+        if value < (0 if name == "images" else 1):
+            raise ValueError(f"{name} is {value}, expected a positive number")
+    if context > c.max_position_embeddings:
+        raise ValueError(f"context {context} is longer than the model's max_position_embeddings {c.max_position_embeddings}")
+    specs = model.family.stages(model.module, context)
+    eos = [c.eos_token_id] if isinstance(c.eos_token_id, int) else list(c.eos_token_id)
+    logits = TensorSpec(("B", "n", c.vocab_size), model.dtype)
+    specs["next_token"] = StageSpec(NextToken(eos), {"logits": logits}, ["ids", "done"])
+    weights: dict[str, torch.Tensor] = {}
+    traced = {name: trace_stage(spec, weights) for name, spec in specs.items()}
+    language = specs["language_model"].inputs
+    state: dict[str, tuple[tuple, torch.dtype]] = {"logits": (("B", 1, c.vocab_size), model.dtype)}
+    for name in traced["language_model"].inputs:
+        if name not in ("visual", "text"):
+            spec: Any = language[name.split(".")[0]]
+            spec = spec[int(name.split(".")[1])] if isinstance(spec, list) else spec
+            state[name] = (spec.shape, spec.dtype)
+    schedule = (
+        *(Call(name) for name in specs if name not in ("embed", "language_model", "next_token")),
+        Loop(
+            (Call("embed", {"ids": "chunk.ids"}), Call("language_model", {"visual": "chunk.visual"})),
+            over="chunks",
+        ),
+        Loop(
+            (Call("next_token"), Call("embed"), Call("language_model", {"visual": "no_visual"})),
+            trips="max_new_tokens",
+            until="done",
+        ),
+    )
+    info = {
+        "family": model.family.name,
+        "image_id": model.family.image_id,
+        "image_marker": model.family.image_marker,
+        "rows_per_image": c.rows_per_image,
+        "hidden_size": c.hidden_size,
+        "vocab_size": c.vocab_size,
+        "layers": c.num_hidden_layers,
+        "kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "bos_id": c.bos_token_id,
+        "eos_ids": eos,
+        "batch": batch,
+        "images": images,
+        "context": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch_dtype": model.dtype,
+        "processing": model.processing,
+        "directory": str(model.directory) if model.directory else None,
+    }
+    return Program(traced, schedule, weights, state, info, model.has_weights).drop_unused()
+
+
+def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:
+    """One module -> Stage; its parameters and buffers are added to `weights` under their checkpoint names."""
+    dims = {s: Dim(s, min=0 if s == "nv" else 1) for s in EXAMPLE} | {"n": Dim("n", min=1)}
+    examples = EXAMPLE | {"n": 7}
+
+    def example(t: TensorSpec) -> torch.Tensor:
+        return torch.zeros([examples[s] if isinstance(s, str) else s for s in t.shape], dtype=t.dtype)
+
+    def free(t: TensorSpec) -> dict[int, Any]:
+        return {i: dims[s] for i, s in enumerate(t.shape) if isinstance(s, str)}
+
+    args, shapes, named = [], [], []
+    for name, t in spec.inputs.items():
+        many = isinstance(t, list)
+        ts: list[TensorSpec] = t if many else [t]  # type: ignore[list-item,assignment]
+        args.append([example(x) for x in ts] if many else example(ts[0]))
+        shapes.append([free(x) for x in ts] if many else free(ts[0]))
+        for i, x in enumerate(ts):
+            shape = tuple(symbol(s) if isinstance(s, str) else s for s in x.shape)
+            named.append((f"{name}.{i}" if many else name, shape))
+    varargs = not isinstance(spec.module, nn.Module) or spec.module.forward.__code__.co_flags & 0x04
+    dynamic = (tuple(shapes),) if varargs else tuple(shapes)
+    exported = torch.export.export(spec.module, tuple(args), dynamic_shapes=dynamic, strict=False)
+    lift = Lift(exported, named, root="root.")
+    graph = lift.run()
+    weights.update(lift.constants)
+    out = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    listed = [s for s in spec.outputs if isinstance(spec.inputs.get(s), list)]
+    each = (len(out) - (len(spec.outputs) - len(listed))) // len(listed) if listed else 0  # type: ignore[arg-type]
+    outputs = []
+    for s in spec.outputs:
+        outputs += [f"{s}.{i}" for i in range(each)] if s in listed else [s]
+    return Stage(graph, [n for n, _ in named], outputs)

@@ -13,10 +13,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import vqa
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
@@ -27,34 +27,24 @@ IMAGES, QUESTIONS, TEXTS = 32, 8, 32  # per step: pictures, questions on each, t
 BLOCK = 12  # rows of one question with its answer, </s> left out: 10 tokens, "ASSISTANT:", one word
 TEXT_BLOCK = 10  # rows of a text-only example: <s> "USER:" "reverse:" a b c "ASSISTANT:" c b a
 SHIFT = 6  # pixels
+NEW_TOKENS = 4  # the longest answer and </s>
 SPECIAL = ["<unk>", "<s>", "</s>"]
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": 64,
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": 64,
-    "do_normalize": True,
-    "image_mean": [0.9, 0.9, 0.9],  # the light backgrounds come out near 0, so the shape is what stands out
-    "image_std": [0.25, 0.25, 0.25],
-}
+PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "resample": 3, "size": 64, "crop_size": 64}
+PREPROCESSOR |= {"do_resize": True, "do_center_crop": True, "do_normalize": True}
+PREPROCESSOR |= {"image_mean": [0.9] * 3, "image_std": [0.25] * 3}  # light backgrounds near 0: the shape stands out
 
 
 def config(vocab_size: int) -> dict:
-    visual_model = {"model_type": "mplug_owl_vision_model", "hidden_act": "quick_gelu", "use_cls_token": True}
-    visual_model |= {"image_size": 64, "patch_size": 8, "num_channels": 3, "hidden_size": 96, "num_hidden_layers": 3}
-    visual_model |= {"num_attention_heads": 4, "intermediate_size": 384, "layer_norm_eps": 1e-6}
-    abstractor = {"model_type": "mplug_owl_visual_abstract", "grid_size": 8, "num_learnable_queries": 16}
-    abstractor |= {"hidden_size": 96, "encoder_hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    abstractor |= {"intermediate_size": 256, "layer_norm_eps": 1e-6}
-    c = {"architectures": ["MPLUGOwl2LlamaForCausalLM"], "model_type": "mplug_owl2", "torch_dtype": "float16"}
-    c |= {"vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    c |= {"num_key_value_heads": 4, "intermediate_size": 344, "max_position_embeddings": 256, "hidden_act": "silu"}
-    c |= {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False}
-    c |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    """The fields of the shipped tiny config with other sizes."""
+    c = json.loads((checkpoint.CONFIGS / "mplug-owl2-tiny.json").read_text())
+    c |= {"vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 344, "torch_dtype": "float16"}
     c |= {"image_aspect_ratio": "resize"}
-    return c | {"visual_config": {"visual_model": visual_model, "visual_abstractor": abstractor}}
+    width = {"hidden_size": 96, "num_attention_heads": 4}
+    c["visual_config"]["visual_model"] |= width | {"image_size": 64, "patch_size": 8, "intermediate_size": 384}
+    c["visual_config"]["visual_abstractor"] |= width | {"encoder_hidden_size": 96, "grid_size": 8}
+    c["visual_config"]["visual_abstractor"] |= {"num_learnable_queries": 16, "num_hidden_layers": 2}
+    c["visual_config"]["visual_abstractor"] |= {"intermediate_size": 256}
+    return c
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:
@@ -151,37 +141,30 @@ def augmented(pixels: Tensor, rng: random.Random) -> Tensor:
 @torch.inference_mode()
 def answers(module: nn.Module, prompts: Prompts, images: dict, asked: list, blind: bool = False) -> list[str]:
     """Greedy answers by plain, unpacked passes; "" for an answer that did not end. `blind`: image rows are zero."""
+    rows, embed = {}, module.model.embed_tokens
     paths = sorted({q.image for q in asked if q.image})
-    rows: dict[str | None, Tensor] = {}
     for i in range(0, len(paths), 200):
         made = module.encode_images(torch.stack([images[p] for p in paths[i : i + 200]]))
         rows |= dict(zip(paths[i : i + 200], made * (not blind), strict=True))
-    groups = defaultdict(list)  # of one length and kind, so that nothing needs padding
+    groups, given = defaultdict(list), [""] * len(asked)
     for i, q in enumerate(asked):
-        ids = prompts.ids(q.content)
-        groups[len(ids), q.image is None].append((i, ids, rows.get(q.image)))
-    given = [""] * len(asked)
-    for group in groups.values():
-        for at in range(0, len(group), 256):
-            index, ids, visual = zip(*group[at : at + 256], strict=True)
-            for i, new in zip(index, greedy(module, prompts, ids, visual), strict=True):
-                given[i] = prompts.text.decode(new[: new.index(2)]) if 2 in new else ""
+        groups[len(prompts.ids(q.content)), q.image is None].append(i)  # of one length: nothing needs padding
+    for (_, text_only), group in groups.items():
+        for part in (group[i : i + 256] for i in range(0, len(group), 256)):
+            ids = torch.tensor([prompts.ids(asked[i].content) for i in part])
+            x, is_visual = embed(ids.clamp(min=0)), ids == prompts.image_id
+            if not text_only:
+                at, visual = ids[0].tolist().index(prompts.image_id), torch.stack([rows[asked[i].image] for i in part])
+                x = torch.cat([x[:, :at], visual, x[:, at + 1 :]], dim=1)
+                is_visual = F.pad(is_visual[:, : at + 1], (0, x.shape[1] - at - 1))
+                is_visual[:, at : at + visual.shape[1]] = True
+            new = ids[:, :0]
+            while new.shape[1] < NEW_TOKENS and not bool((new == 2).any(1).all()):
+                new = torch.cat([new, module(x, is_visual)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+                x, is_visual = torch.cat([x, embed(new[:, -1:])], dim=1), F.pad(is_visual, (0, 1))
+            for i, tokens in zip(part, new.tolist(), strict=True):
+                given[i] = prompts.text.decode(tokens[: tokens.index(2)]) if 2 in tokens else ""
     return given
-
-
-def greedy(module: nn.Module, prompts: Prompts, ids: tuple, visual: tuple, new_tokens: int = 4) -> list[list[int]]:
-    embed, picture = module.model.embed_tokens, visual[0] is not None
-    at = ids[0].index(prompts.image_id) if picture else 0
-    tokens = torch.tensor(ids)
-    image_rows = torch.stack(visual) if picture else embed.weight.new_zeros(len(ids), 0, embed.embedding_dim)
-    x = torch.cat([embed(tokens[:, :at]), image_rows, embed(tokens[:, at + picture :])], dim=1)
-    is_visual = torch.zeros(x.shape[:2], dtype=torch.bool)
-    is_visual[:, at : at + image_rows.shape[1]] = True
-    new = torch.zeros(len(ids), 0, dtype=torch.long)
-    while new.shape[1] < new_tokens and not bool((new == 2).any(1).all()):
-        new = torch.cat([new, module(x, is_visual)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-        x, is_visual = torch.cat([x, embed(new[:, -1:])], 1), F.pad(is_visual, (0, 1))
-    return new.tolist()
 
 
 def load_images(asked: list[vqa.Question]) -> dict[str, Tensor]:
@@ -270,28 +253,27 @@ def save(module: nn.Module, raw: dict, tokenizer: Tokenizer, out: Path) -> None:
     special |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": raw["max_position_embeddings"]}
     files = {"config.json": raw, "preprocessor_config.json": PREPROCESSOR, "tokenizer_config.json": special}
     texts = {name: json.dumps(value, indent=1) + "\n" for name, value in files.items()}
-    texts["tokenizer.json"] = tokenizer.to_str(pretty=True) + "\n"
-    for name, text in texts.items():
-        (out / (name + ".part")).write_text(text)
+    made = {name: text.encode() for name, text in texts.items()} | {"tokenizer.json": tokenizer.to_str(True).encode()}
     weights = {k: v.to(torch.float16).contiguous() for k, v in module.state_dict().items()}
-    save_file(weights, out / "model.safetensors.part", metadata={"format": "pt"})
-    for name in [*texts, "model.safetensors"]:
+    made["model.safetensors"] = safetensors.torch.save(weights, metadata={"format": "pt"})
+    for name, data in made.items():
+        (out / (name + ".part")).write_bytes(data)
+    for name in made:
         os.replace(out / (name + ".part"), out / name)
 
 
-def evaluate(out: Path, splits: tuple[str, ...]) -> None:
-    """The saved file, computed in float32, on whole splits: with the picture, with its rows zeroed, without it."""
+def evaluate(out: Path, split: str) -> None:
+    """The saved file, computed in float32, on a whole split: with the picture, with its rows zeroed, without it."""
     model = checkpoint.load(out, dtype="float32")
     prompts = Prompts(Tokenizer.from_file(str(out / "tokenizer.json")), model.family)
-    for split in splits:
-        asked = vqa.questions(split)
-        images = load_images(asked)
-        cases = {"with the picture": (asked, False), "image rows zeroed": (asked, True)}
-        cases["no picture"] = ([q._replace(image=None) for q in asked], False)
-        cases["text only"] = (vqa.reverse_task(split) + vqa.facts_task(), False)
-        for name, (part, blind) in cases.items():
-            found = vqa.score(zip(part, answers(model.module, prompts, images, part, blind), strict=True))
-            print(f"{split}, {name}: " + " ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
+    asked = vqa.questions(split)
+    images = load_images(asked)
+    cases = {"with the picture": (asked, False), "image rows zeroed": (asked, True)}
+    cases["no picture"] = ([q._replace(image=None) for q in asked], False)
+    cases["text only"] = (vqa.reverse_task(split) + vqa.facts_task(), False)
+    for name, (part, blind) in cases.items():
+        found = vqa.score(zip(part, answers(model.module, prompts, images, part, blind), strict=True))
+        print(f"{split}, {name}: " + " ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
 
 
 def main() -> None:
@@ -314,7 +296,7 @@ def main() -> None:
         train(model.module, Prompts(tokenizer, model.family), args)
         save(model.module, model.raw_config, tokenizer, args.out)
         Path(args.state).unlink()
-    evaluate(args.out, ("test",) if args.evaluate else ("validation", "test"))
+    evaluate(args.out, "test" if args.evaluate else "validation")
 
 
 if __name__ == "__main__":

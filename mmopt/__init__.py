@@ -25,7 +25,7 @@ _WHERE = {
     "inspect": "mmopt.inspection",
     "bench": "mmopt.benchmark",
 }
-__all__ = [*sorted(_WHERE), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_WHERE), "__version__"]
 
 if TYPE_CHECKING:
     from mmopt.benchmark import bench as bench

@@ -52,8 +52,8 @@ class Model:
 def load(path: str | Path, dtype: str | torch.dtype | None = None) -> Model:
     """Load a directory with ``config.json`` and safetensors (single or sharded) or ``pytorch_model*.bin`` files.
 
-    A name that is no directory is taken as a Hugging Face hub id. `dtype` converts the weights (a copy); by default they
-    stay as stored, mapped from the files. Raises CheckpointError (missing or foreign files; missing, unexpected or
+    A name that is no directory is taken as a Hugging Face hub id. `dtype` converts the weights (a copy); by default
+    they stay as stored, mapped from the files. Raises CheckpointError (missing or foreign files; missing, unexpected or
     mis-shaped keys, all listed) or ValueError (a config value that is not supported).
     """
     directory = Path(path)
@@ -71,7 +71,9 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> Model:
     return Model(family, config, raw, module, directory)
 
 
-def from_config(name: str | Path | dict, dtype: str | torch.dtype = "float32", random: bool = False, seed: int = 0) -> Model:
+def from_config(
+    name: str | Path | dict, dtype: str | torch.dtype = "float32", random: bool = False, seed: int = 0
+) -> Model:
     """A model of a shipped config (``mplug-owl2-7b`` ...), a config.json file or a dict.
 
     Without `random` the weights are shapes only: they can be traced, optimized and inspected, not run.
@@ -89,7 +91,9 @@ def from_config(name: str | Path | dict, dtype: str | torch.dtype = "float32", r
             if p is None:
                 continue
             if id(p) not in made:
-                value = _random(key, p.shape, kind, generator) if random else torch.zeros((), dtype=kind).expand(p.shape)
+                value = (
+                    _random(key, p.shape, kind, generator) if random else torch.zeros((), dtype=kind).expand(p.shape)
+                )
                 made[id(p)] = nn.Parameter(value, requires_grad=False)
             owner._parameters[key] = made[id(p)]
     module.eval()
@@ -200,7 +204,7 @@ def _assign(family: Family, config: Any, module: nn.Module, tensors: dict, direc
         tensors = {k: v.to(wide) for k, v in tensors.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     if tied:
-        module.tie_weights()  # type: ignore[operator]
+        module.tie_weights()
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:

@@ -24,23 +24,25 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False)
 
 CheckpointArgument = Annotated[
-    Optional[str], typer.Argument(help="A checkpoint directory in its official layout, or a hub id.")  # noqa: UP045
+    Optional[str], typer.Argument(help="A checkpoint directory in its official layout, or a hub id.")
 ]
 ConfigOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--config", help="A shipped config instead of a checkpoint: mplug-owl2-7b, -mid, -tiny; or a config.json."),
+    Optional[str],
+    typer.Option(
+        "--config", help="Instead of a checkpoint: a shipped config (mplug-owl2-7b, -mid, -tiny) or a config.json."
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(help="Samples at once, at most.", min=1)]
 ImagesOption = Annotated[int, typer.Option(help="Images of one prompt, at most.", min=0)]
 ContextOption = Annotated[
-    Optional[int],  # noqa: UP045
+    Optional[int],
     typer.Option(help="Rows of one sequence (prompt, images, answer), at most. [default: 512 or less]", min=1),
 ]
-DtypeOption = Annotated[Optional[str], typer.Option(help="float32, float16 or bfloat16. [default: as stored]")]  # noqa: UP045
+DtypeOption = Annotated[Optional[str], typer.Option(help="float32, float16 or bfloat16. [default: as stored]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A check that did not hold: exit code 1."""
 
 
@@ -61,7 +63,8 @@ def get_model(checkpoint: str | None, config: str | None, dtype: str | None, ran
         raise ValueError("give either a checkpoint or --config")
     if checkpoint is not None:
         return mmopt.load(checkpoint, dtype)
-    return mmopt.from_config(config, dtype or "float32", random=random)  # type: ignore[arg-type]
+    assert config is not None
+    return mmopt.from_config(config, dtype or "float32", random=random)
 
 
 def show(data: dict, text: str, as_json: bool) -> None:
@@ -106,10 +109,10 @@ def optimize(
     context: ContextOption = None,
     dtype: DtypeOption = None,
     check: Annotated[
-        Optional[bool],  # noqa: UP045
+        Optional[bool],
         typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the exact passes and report what each did, where, and what it left alone. `export` does this too."""
@@ -132,16 +135,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory of the engine to write.")],
     target: Annotated[str, typer.Option(help="onnx (for ONNX Runtime) or tensorrt.")] = "onnx",
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="Precision of the engine. [default: float32 for onnx, as stored for tensorrt]"),
     ] = None,
-    weights: Annotated[str, typer.Option(help="copy, or link: leave unchanged weights in the checkpoint's files.")] = "copy",
+    weights: Annotated[
+        str, typer.Option(help="copy, or link: leave unchanged weights in the checkpoint's files.")
+    ] = "copy",
     batch: BatchOption = 1,
     images: ImagesOption = 1,
     context: ContextOption = None,
     passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
     check: Annotated[
-        Optional[bool],  # noqa: UP045
+        Optional[bool],
         typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
     ] = None,
     as_json: JsonOption = False,
@@ -149,9 +154,11 @@ def export(
     """Optimize a checkpoint and write it as an engine directory."""
     import mmopt
 
+    if checkpoint is None:
+        raise ValueError("give a checkpoint")
     with progress("exporting") as now:
         now("tracing")
-        program = mmopt.trace(mmopt.load(checkpoint), batch, images, context)  # type: ignore[arg-type]
+        program = mmopt.trace(mmopt.load(checkpoint), batch, images, context)
         reports: list = []
         if passes:
             result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
@@ -166,15 +173,15 @@ def export(
 def run(
     engine: Annotated[Path, typer.Argument(help="An engine directory.")],
     prompt: Annotated[str, typer.Argument(help="The question.")],
-    image: Annotated[Optional[list[str]], typer.Option(help="An image: a path or URL; may be repeated.")] = None,  # noqa: UP045
+    image: Annotated[Optional[list[str]], typer.Option(help="An image: a path or URL; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
-    top_p: Annotated[Optional[float], typer.Option(min=0.0, max=1.0)] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")] = None,  # noqa: UP045
-    provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,  # noqa: UP045
-    threads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    top_k: Annotated[Optional[int], typer.Option(min=1)] = None,
+    top_p: Annotated[Optional[float], typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[Optional[int], typer.Option()] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")] = None,
+    provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one question about images with an exported engine."""
@@ -188,7 +195,11 @@ def run(
     }  # fmt: skip
     if as_json:
         made = loaded.generate(prompt, **options)
-        print(json.dumps({k: getattr(made, k) for k in ("text", "ids", "finish_reason", "prompt_tokens", "completion_tokens")}))
+        print(
+            json.dumps(
+                {k: getattr(made, k) for k in ("text", "ids", "finish_reason", "prompt_tokens", "completion_tokens")}
+            )
+        )
         return
     for piece in loaded.generate(prompt, stream=True, **options):
         print(piece, end="", flush=True)
@@ -207,10 +218,12 @@ def verify(
     from mmopt.cases import replay, table
 
     with progress("verifying") as now:
-        result = replay(checkpoint, cases, at=tuple(a.strip() for a in at.split(",") if a.strip()), dtype=dtype, progress=now)
+        result = replay(
+            checkpoint, cases, at=tuple(a.strip() for a in at.split(",") if a.strip()), dtype=dtype, progress=now
+        )
     show(result, table(result), as_json)
     if not result["rows"] or not all(r["ok"] for r in result["rows"]):
-        raise Failed
+        raise FailedError
 
 
 @app.command()
@@ -222,7 +235,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     context: Annotated[int, typer.Option(help="Cache capacity in rows; half of it is filled.", min=16)] = 768,
     dtype: DtypeOption = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time eager, compiled, optimized and engine side by side in one process."""
@@ -243,7 +256,7 @@ def main() -> None:
     """Entry point: bad input is one clear line and exit code 2, never a traceback."""
     try:
         app(standalone_mode=True)
-    except Failed:
+    except FailedError:
         sys.exit(1)
     except (ValueError, OSError, ImportError, KeyError) as e:
         errors.print(f"[bold red]error[/]: {e}", markup=True, soft_wrap=True)

@@ -33,11 +33,12 @@ class Difference:
     allowed: float
 
     def __str__(self) -> str:
-        return f"stage {self.stage}, output {self.output} (node {self.node}): error {self.error:.3g}, allowed {self.allowed:.3g}"
+        where = f"stage {self.stage}, output {self.output} (node {self.node})"
+        return f"{where}: error {self.error:.3g}, allowed {self.allowed:.3g}"
 
 
 def drawn_weights(program: Program, seed: int) -> dict[str, Tensor]:
-    """The weights, with those that are all zero drawn anew: a gate that starts at zero would hide what lies behind it."""
+    """The weights; those that are all zero are drawn anew: a gate that starts at zero would hide what lies behind."""
     g = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, w in program.weights.items():

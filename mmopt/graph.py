@@ -18,7 +18,7 @@ import mmopt.ops  # noqa: F401  registers the operators named below
 
 aten = torch.ops.aten
 mm = torch.ops.mmopt
-Size = int | sympy.Expr
+Size = Any  # int or sympy.Expr
 
 SLICE, CAT, RESHAPE, PERMUTE, EXPAND = (
     aten.slice.Tensor, aten.cat.default, aten.reshape.default, aten.permute.default, aten.expand.default
@@ -34,7 +34,11 @@ HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION}
 
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of a named size. ``nv`` (visual rows) may be zero, every other size is at least one."""
-    return sympy.Symbol(name, integer=True, nonnegative=True) if name == "nv" else sympy.Symbol(name, integer=True, positive=True)
+    return (
+        sympy.Symbol(name, integer=True, nonnegative=True)
+        if name == "nv"
+        else sympy.Symbol(name, integer=True, positive=True)
+    )
 
 
 def simplify(size: Any) -> Size:
@@ -93,7 +97,7 @@ class Builder:
 
     def emit(self, op: Any, args: tuple, shape: Iterable[Size], dtype: Any, source: Any = None) -> Node:
         """One operator. `source` tags the node of the graph before the rewrite that it is a part of."""
-        shape = list(shape) if several(dtype) else tuple(simplify(s) for s in shape)  # type: ignore[assignment]
+        shape = list(shape) if several(dtype) else tuple(simplify(s) for s in shape)
         if op in (EXPAND, RESHAPE):
             if shape_of(args[0]) == shape:
                 return args[0]
@@ -131,7 +135,8 @@ class Builder:
         s = list(shape_of(x))
         s[dim] = hi - lo
         if x.target is CAT and dim == x.args[1]:  # a slice that is one or more whole parts needs no slice
-            start, parts = 0, []
+            start: Size = 0
+            parts: list[Node] = []
             for p in x.args[0]:
                 if start == lo or parts:
                     parts.append(p)
@@ -162,7 +167,8 @@ class Builder:
 
 def rebuild(graph: Graph, visit: Callable[[Builder, Node, tuple], Node | None]) -> Graph:
     """Copy a graph node by node; `visit` returns what stands for a node given its new arguments, None to copy it."""
-    b, env = Builder(), {}
+    b = Builder()
+    env: dict[Node, Any] = {}
     for n in graph.nodes:
         args = torch.fx.node.map_aggregate(n.args, lambda a: env[a] if isinstance(a, Node) else a)
         if n.op == "placeholder":

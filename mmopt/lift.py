@@ -10,7 +10,16 @@ import torch
 from torch.fx import Graph, Node
 
 from mmopt.graph import (
-    ARANGE, ATTENTION, EXPAND, FULL, PERMUTE, SLICE, Builder, aten, shape_of, simplify,
+    ARANGE,
+    ATTENTION,
+    EXPAND,
+    FULL,
+    PERMUTE,
+    SLICE,
+    Builder,
+    aten,
+    shape_of,
+    simplify,
 )  # fmt: skip
 
 IDENTITY = {"contiguous", "clone", "dropout", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh", "dropout_"}
@@ -24,7 +33,9 @@ class Lift:
 
     def __init__(self, exported: torch.export.ExportedProgram, inputs: list[tuple[str, tuple]], root: str):
         self.exported, self.inputs, self.root = exported, inputs, root
-        self.b, self.env, self.renamed = Builder(), {}, {}  # type: ignore[var-annotated]
+        self.b = Builder()
+        self.env: dict[Node, Any] = {}
+        self.renamed: dict[Any, Any] = {}
         self.constants: dict[str, torch.Tensor] = {}
 
     def run(self) -> Graph:
@@ -40,7 +51,9 @@ class Lift:
                     if isinstance(wanted, sympy.Symbol):
                         expr = seen.node.expr if isinstance(seen, torch.SymInt) else None
                         if not isinstance(expr, sympy.Symbol):
-                            raise ValueError(f"input {name}: the trace fixed size {wanted} to {seen}; it must stay free")
+                            raise ValueError(
+                                f"input {name}: the trace fixed size {wanted} to {seen}; it must stay free"
+                            )
                         self.renamed[expr] = wanted
         user = iter(self.inputs)
         for n in nodes:
@@ -90,8 +103,8 @@ class Lift:
         if n.target is operator.getitem:
             made = self.value(n.args[0])
             if isinstance(made, tuple | list):
-                return made[n.args[1]]  # type: ignore[index]
-            return self.b.item(made, n.args[1], self.shape(n), val.dtype)  # type: ignore[union-attr,arg-type]
+                return made[n.args[1]]
+            return self.b.item(made, n.args[1], self.shape(n), val.dtype)
         if not isinstance(n.target, torch._ops.OpOverload):
             return None
         name = n.target._schema.name.split("::")[1]
@@ -101,20 +114,20 @@ class Lift:
         rule = getattr(self, f"op_{name}", None)
         if rule is not None:
             return rule(n, bound)
-        x = bound.get("self", bound.get("input"))
-        if name in IDENTITY or (name in ("to", "_to_copy", "type_as") and val.dtype == x.meta["dtype"]):  # type: ignore[union-attr]
+        x: Any = bound.get("self", bound.get("input"))
+        if name in IDENTITY or (name in ("to", "_to_copy", "type_as") and val.dtype == x.meta["dtype"]):
             return x
         if name in ("to", "_to_copy", "type_as"):
-            return self.b.emit(aten.to.dtype, (x, val.dtype), self.shape(n), val.dtype)  # type: ignore[union-attr]
+            return self.b.emit(aten.to.dtype, (x, val.dtype), self.shape(n), val.dtype)
         if name in RESHAPES:
-            return self.b.reshape(x, self.shape(n))  # type: ignore[arg-type]
+            return self.b.reshape(x, self.shape(n))
         if name in FILLS:
             return self.full(n, FILLS[name])
         drop = {"device", "layout", "pin_memory", "memory_format"}
         args = tuple(v for k, v in bound.items() if k not in drop)
         while args and args[-1] is None:
             args = args[:-1]
-        kinds = tuple(v.dtype for v in val) if isinstance(val, tuple | list) else val.dtype  # type: ignore[union-attr]
+        kinds = tuple(v.dtype for v in val) if isinstance(val, tuple | list) else val.dtype
         if isinstance(val, tuple | list):
             return self.b.emit(n.target, args, [tuple(self.size(s) for s in v.shape) for v in val], kinds)
         return self.b.emit(n.target, args, self.shape(n), kinds)
@@ -122,7 +135,7 @@ class Lift:
     def bind(self, n: Node) -> dict[str, Any]:
         """Arguments by their names in the operator's schema, defaults filled in (alpha of add dropped when 1)."""
         bound = {}
-        for i, a in enumerate(n.target._schema.arguments):  # type: ignore[union-attr]
+        for i, a in enumerate(n.target._schema.arguments):
             if i < len(n.args):
                 given = self.value(n.args[i])
             elif a.name in n.kwargs:

@@ -6,7 +6,7 @@ and the operator that reads it. Called from ordinary PyTorch code they run their
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -104,8 +104,8 @@ def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None):
 def attention(q, k, v, heads, kv_heads, key_mask=None, causal=False, scale=None):
     """Scaled dot-product attention of q ``[B, Lq, heads*d]`` over k, v ``[B, Lk, kv_heads*d]`` -> ``[B, Lq, heads*d]``.
 
-    ``causal`` is aligned lower right: query i sees key j when ``j <= i + Lk - Lq``. ``key_mask`` ``[B, Lk]`` is True for
-    keys that may be seen. Grouped heads: query head h reads key head ``h // (heads // kv_heads)``.
+    ``causal`` is aligned lower right: query i sees key j when ``j <= i + Lk - Lq``. ``key_mask`` ``[B, Lk]`` is True
+    for keys that may be seen. Grouped heads: query head h reads key head ``h // (heads // kv_heads)``.
     """
     f = torch.ops.mmopt.attention if torch.compiler.is_exporting() else _attention
     return f(q, k, v, heads, kv_heads, key_mask, causal, scale)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mmopt.contracts import BUDGET, ContractError, compare
 from mmopt.passes.drop_unread_rows import DropUnreadRows
 from mmopt.passes.fold_constants import FoldConstants
 from mmopt.passes.hoist_invariants import HoistInvariants
@@ -14,7 +15,6 @@ from mmopt.passes.rejoin_rows import RejoinRows
 from mmopt.passes.split_rows import SplitRows
 from mmopt.program import Program
 from mmopt.rewriting import Pass, Report
-from mmopt.contracts import BUDGET, ContractError, compare
 
 Observer = Callable[[str, Report | None], None]
 

@@ -37,13 +37,19 @@ def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int
         if not len(prompt):
             raise ValueError(f"prompt {sample} is empty")
         if prompt[-1] == info["image_id"]:
-            raise ValueError(f"prompt {sample} ends with an image: text must follow (an answer is asked for after text)")
+            raise ValueError(
+                f"prompt {sample} ends with an image: text must follow (an answer is asked for after text)"
+            )
         wrong = [t for t in prompt if t != info["image_id"] and not 0 <= t < info["vocab_size"]]
         if wrong:
-            raise ValueError(f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}")
+            raise ValueError(
+                f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}"
+            )
         count = sum(1 for t in prompt if t == info["image_id"])
         if count > info["images"]:
-            raise ValueError(f"prompt {sample} has {count} images, but this program was made for at most {info['images']}")
+            raise ValueError(
+                f"prompt {sample} has {count} images, but this program was made for at most {info['images']}"
+            )
         rows = count_rows(prompt, info)
         if rows + new_tokens - 1 > info["context"]:
             raise ValueError(

@@ -19,8 +19,7 @@ from mmopt.planning import Chunk, plan
 
 @dataclass(frozen=True)
 class Call:
-    """Run a stage. Inputs and outputs are named values; a stage reads and writes values of the names it was traced with,
-    unless `rename` maps one of them to another value."""
+    """Run a stage. It reads and writes the values of the names it was traced with, unless `rename` maps a name."""
 
     stage: str
     rename: dict[str, str] = field(default_factory=dict)
@@ -57,7 +56,7 @@ class Stage:
 
     def output_nodes(self) -> dict[str, Node]:
         out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        return dict(zip(self.outputs, out.args[0], strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.outputs, out.args[0], strict=True))
 
     def weights(self) -> set[str]:
         return {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
@@ -65,7 +64,9 @@ class Stage:
     def replaced(self, graph: Graph) -> Stage:
         return Stage(graph, self.inputs, self.outputs)
 
-    def run(self, weights: dict[str, Tensor], values: dict[str, Tensor], keep_constants: bool = True) -> dict[str, Tensor]:
+    def run(
+        self, weights: dict[str, Tensor], values: dict[str, Tensor], keep_constants: bool = True
+    ) -> dict[str, Tensor]:
         """Run in plain PyTorch. What depends on weights alone is computed once and kept."""
         sizes: dict[sympy.Symbol, int] = {}
         env: dict[Node, Any] = {}
@@ -94,7 +95,7 @@ class Stage:
                         if n.meta["const"] and keep_constants and any(not u.meta.get("const") for u in n.users):
                             self._constants[n] = env[n]
                 elif n.op == "output":
-                    return dict(zip(self.outputs, (env[a] for a in n.args[0]), strict=True))  # type: ignore[union-attr]
+                    return dict(zip(self.outputs, (env[a] for a in n.args[0]), strict=True))
                 for a in n.all_input_nodes:
                     if last_use[a] is n:
                         env.pop(a, None)
@@ -111,10 +112,10 @@ def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int]) -> A
 
     args = torch.fx.node.map_aggregate(n.args, value)
     if n.target is operator.getitem:
-        return args[0][args[1]]  # type: ignore[index]
+        return args[0][args[1]]
     if n.target in (FULL, ARANGE):
-        return n.target(*args, dtype=n.meta["dtype"])  # type: ignore[operator]
-    return n.target(*args)  # type: ignore[operator]
+        return n.target(*args, dtype=n.meta["dtype"])
+    return n.target(*args)
 
 
 @dataclass
@@ -131,7 +132,12 @@ class Program:
     def copy(self) -> Program:
         """Another Program that shares weights and graphs; passes replace graphs, they never edit them."""
         return Program(
-            dict(self.stages), self.schedule, dict(self.weights), dict(self.state), copy.deepcopy(self.info), self.has_weights
+            dict(self.stages),
+            self.schedule,
+            dict(self.weights),
+            dict(self.state),
+            copy.deepcopy(self.info),
+            self.has_weights,
         )
 
     def with_stage(self, name: str, stage: Stage) -> Program:

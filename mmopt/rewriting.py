@@ -40,7 +40,7 @@ def _grouped(lines: list[str], most: int = 6) -> list[str]:
 
 
 class Pass:
-    """A rewrite of a Program. `contract` is "exact" (outputs equal up to rounding) or "approximate" (drift measured)."""
+    """A rewrite of a Program. `contract`: "exact" (equal up to rounding) or "approximate" (drift is measured)."""
 
     contract = "exact"
 

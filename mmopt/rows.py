@@ -7,6 +7,7 @@ rule joins its parts again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,18 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mmopt.graph import (
-    CAT, EXPAND, FULL, RESHAPE, SLICE, WHERE, Builder, Size, on_part, operand_dims, shape_of, simplify,
+    CAT,
+    EXPAND,
+    FULL,
+    RESHAPE,
+    SLICE,
+    WHERE,
+    Builder,
+    Size,
+    on_part,
+    operand_dims,
+    shape_of,
+    simplify,
 )  # fmt: skip
 
 
@@ -34,7 +46,7 @@ class Parts:
         return offsets
 
 
-Value = Node | Parts
+Value = Any  # Node or Parts
 
 
 def surely(size: Size) -> bool:
@@ -64,9 +76,9 @@ class Seams:
             if n.op == "placeholder":
                 env[n] = self.b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
             elif n.op == "get_attr":
-                env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+                env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])
             elif n.op == "output":
-                self.b.output([self.join(env[a]) for a in n.args[0]])  # type: ignore[union-attr]
+                self.b.output([self.join(env[a]) for a in n.args[0]])
             else:
                 made = self.apply(n, [self._value(a, env) for a in n.args])
                 env[n] = made
@@ -99,20 +111,21 @@ class Seams:
             return self.b.copy(n, tuple(args))
         i, seam = seams[0]
         rank = len(shape_of(n)) if isinstance(shape_of(n), tuple) else 0
-        rule, dim = None, 0
+        rule: dict[int, Any] | None = None
+        dim = 0
         for dim in range(rank):
             rule = operand_dims(n, dim)
             if rule and rule.get(i) == seam.dim:
                 break
             rule = None
         why = f"{n.target} does not work row by row along it" if rule is None else self.why_not(n, args, rule, seam)
-        if why:
-            self.log(n.name, why)
+        if why or rule is None:
+            self.log(n.name, str(why))
             return self.b.copy(n, tuple(self.join(a) for a in args))
         bounds = seam.bounds
         pieces = []
-        for lo, hi in zip(bounds, bounds[1:], strict=False):
-            pieces.append(self.piece(n, args, rule, dim, lo, hi))  # type: ignore[arg-type]
+        for lo, hi in itertools.pairwise(bounds):
+            pieces.append(self.piece(n, args, rule, dim, lo, hi))
         self.splits += 1
         return Parts(dim, tuple(pieces))
 
@@ -195,5 +208,3 @@ def depth(node: Node, known: dict[Node, int]) -> int:
             else:
                 known[n] = max([known[a] for a in n.all_input_nodes], default=0) + (n.target in HEAVY)
     return known[node]
-
-

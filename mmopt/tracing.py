@@ -46,7 +46,9 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         if value < (0 if name == "images" else 1):
             raise ValueError(f"{name} is {value}, expected a positive number")
     if context > c.max_position_embeddings:
-        raise ValueError(f"context {context} is longer than the model's max_position_embeddings {c.max_position_embeddings}")
+        raise ValueError(
+            f"context {context} is longer than the model's max_position_embeddings {c.max_position_embeddings}"
+        )
     specs = model.family.stages(model.module, context)
     eos = [c.eos_token_id] if isinstance(c.eos_token_id, int) else list(c.eos_token_id)
     logits = TensorSpec(("B", "n", c.vocab_size), model.dtype)
@@ -60,7 +62,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
             spec: Any = language[name.split(".")[0]]
             spec = spec[int(name.split(".")[1])] if isinstance(spec, list) else spec
             state[name] = (spec.shape, spec.dtype)
-    schedule = (
+    schedule: tuple[Call | Loop, ...] = (
         *(Call(name) for name in specs if name not in ("embed", "language_model", "next_token")),
         Loop(
             (Call("embed", {"ids": "chunk.ids"}), Call("language_model", {"visual": "chunk.visual"})),
@@ -109,7 +111,7 @@ def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:
     args, shapes, named = [], [], []
     for name, t in spec.inputs.items():
         many = isinstance(t, list)
-        ts: list[TensorSpec] = t if many else [t]  # type: ignore[list-item,assignment]
+        ts: list[Any] = t if isinstance(t, list) else [t]
         args.append([example(x) for x in ts] if many else example(ts[0]))
         shapes.append([free(x) for x in ts] if many else free(ts[0]))
         for i, x in enumerate(ts):
@@ -123,7 +125,7 @@ def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:
     weights.update(lift.constants)
     out = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
     listed = [s for s in spec.outputs if isinstance(spec.inputs.get(s), list)]
-    each = (len(out) - (len(spec.outputs) - len(listed))) // len(listed) if listed else 0  # type: ignore[arg-type]
+    each = (len(out) - (len(spec.outputs) - len(listed))) // len(listed) if listed else 0
     outputs = []
     for s in spec.outputs:
         outputs += [f"{s}.{i}" for i in range(each)] if s in listed else [s]

@@ -50,8 +50,8 @@ class DropUnreadRows(Pass):
                 if user.target is not SLICE:
                     return f"{reader} reads all of it"
                 dim, lo, hi = user.args[1:4]
-                size = shape_of(node)[dim]  # type: ignore[index]
-                count = simplify(size - lo)  # type: ignore[operator]
+                size = shape_of(node)[dim]
+                count = simplify(size - lo)
                 if hi != size or not isinstance(count, int) or not isinstance(size, sympy.Expr):
                     return f"{reader} reads rows {lo} to {hi}, not the last ones"
                 ranges.add((dim, count))
@@ -78,7 +78,7 @@ def keep_last(stage: Stage, output: str, dim: int, count: int) -> Stage:
 
     graph = rebuild(stage.graph, visit)
     out = next(n for n in reversed(graph.nodes) if n.op == "output")
-    values = list(out.args[0])  # type: ignore[arg-type]
+    values = list(out.args[0])
     x = values[index]
     size = shape_of(x)[dim]
     with graph.inserting_before(out):
@@ -93,7 +93,8 @@ def keep_last(stage: Stage, output: str, dim: int, count: int) -> Stage:
 def accept_last(stage: Stage, value: str, dim: int, count: int) -> Stage:
     """The reader's input now holds the wanted rows only."""
     wanted = stage.input_nodes()[value]
-    b, env = Builder(), {}
+    b = Builder()
+    env: dict[Node, Any] = {}
     for n in stage.graph.nodes:
         args = _mapped(n.args, env)
         if n is wanted:
@@ -105,7 +106,7 @@ def accept_last(stage: Stage, value: str, dim: int, count: int) -> Stage:
         elif n.op == "placeholder":
             env[n] = b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
         elif n.op == "get_attr":
-            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
         elif n.op == "output":
             b.output(list(args[0]))
         else:
@@ -132,19 +133,19 @@ def demands(graph: Graph) -> dict[Node, Demand]:
         if n.target is SLICE and len(n.args) == 4:
             x, dim, lo, hi = n.args
             if d is None:
-                wanted[x].add((dim, lo, hi))  # type: ignore[index,arg-type]
+                wanted[x].add((dim, lo, hi))
             elif d[0] == dim:
-                wanted[x].add((dim, simplify(lo + d[1]), simplify(lo + d[2])))  # type: ignore[index,operator,arg-type]
+                wanted[x].add((dim, simplify(lo + d[1]), simplify(lo + d[2])))
             else:
                 d = None
-                wanted[x].add((dim, lo, hi))  # type: ignore[index,arg-type]
+                wanted[x].add((dim, lo, hi))
         elif d is None:
             for a in n.all_input_nodes:
                 wanted[a].add(None)
         else:
             for i, a in enumerate(n.args):
-                dims = rule.get(i)  # type: ignore[union-attr]
-                pairs = zip(a, dims, strict=True) if isinstance(dims, list) else [(a, dims)]  # type: ignore[arg-type]
+                dims = rule.get(i) if rule else None
+                pairs = zip(a, dims, strict=True) if isinstance(dims, list) else [(a, dims)]
                 for x, m in pairs:
                     if isinstance(x, Node):
                         wanted[x].add(None if m is None else (m, d[1], d[2]))
@@ -154,7 +155,8 @@ def demands(graph: Graph) -> dict[Node, Demand]:
 
 def push_slices(graph: Graph, stage: str, report: Report) -> Graph:
     wanted = demands(graph)
-    b, env = Builder(), {}  # env holds the wanted part of each node
+    b = Builder()
+    env: dict[Node, Any] = {}  # env holds the wanted part of each node
 
     def get(x: Any, m: int | None, d: Demand) -> Any:
         if not isinstance(x, Node):
@@ -169,23 +171,23 @@ def push_slices(graph: Graph, stage: str, report: Report) -> Graph:
         if n.op == "placeholder":
             env[n] = b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
         elif n.op == "get_attr":
-            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
         elif n.op == "output":
-            b.output([env[a] for a in n.args[0]])  # type: ignore[union-attr]
+            b.output([env[a] for a in n.args[0]])
         elif n.target is SLICE and len(n.args) == 4:
             x, dim, lo, hi = n.args
             if d is not None:
-                lo, hi = simplify(lo + d[1]), simplify(lo + d[2])  # type: ignore[operator]
-            env[n] = env[x] if wanted[x] == (dim, lo, hi) else b.slice(env[x], dim, lo, hi)  # type: ignore[index,arg-type]
+                lo, hi = simplify(lo + d[1]), simplify(lo + d[2])
+            env[n] = env[x] if wanted[x] == (dim, lo, hi) else b.slice(env[x], dim, lo, hi)
         elif d is None:
             env[n] = b.copy(n, _mapped(n.args, env))
         else:
-            rule = operand_dims(n, d[0])
+            rule = operand_dims(n, d[0]) or {}
             args = []
             for i, a in enumerate(n.args):
-                m = rule.get(i)  # type: ignore[union-attr]
+                m = rule.get(i)
                 if isinstance(m, list):
-                    args.append(tuple(get(x, k, d) for x, k in zip(a, m, strict=True)))  # type: ignore[arg-type]
+                    args.append(tuple(get(x, k, d) for x, k in zip(a, m, strict=True)))
                 else:
                     args.append(get(a, m, d))
             env[n] = on_part(b, n, d[0], simplify(d[2] - d[1]), tuple(args))

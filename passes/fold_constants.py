@@ -36,6 +36,7 @@ class FoldConstants(Pass):
             if shape[:r] != rows or dim < r or shape_of(n)[:r] != rows or len(shape_of(n)) != r + 1:
                 return None
             inner = tuple(shape[r:])
+
             def ordered(weight: Node) -> Node:
                 tail = shape_of(weight)[1:]
                 part = b.slice(b.reshape(weight, (*inner, *tail)), dim - r, lo, hi)
@@ -67,11 +68,11 @@ class FoldConstants(Pass):
             nonlocal count
             if n.target is not LINEAR:
                 return None
-            norm, added = as_norm(n.args[0])  # type: ignore[arg-type]
+            norm, added = as_norm(n.args[0])
             if norm not in shared:
                 return None
             seen = args[0]
-            constant = None
+            constant: Node | None = None
             if added is not None:
                 new_norm, constant = seen.args if seen.args[0].target is LAYER_NORM else reversed(seen.args)
             else:
@@ -80,7 +81,9 @@ class FoldConstants(Pass):
             plain = b.emit(LAYER_NORM, (x, size, None, None, eps), shape_of(norm), norm.meta["dtype"])
             w, bias = args[1], (*args, None)[2]
             scaled = b.emit(MUL, (w, gain), shape_of(w), w.meta["dtype"])
-            total = shift if constant is None else b.emit(ADD, (constant, shift), shape_of(constant), shift.meta["dtype"])
+            total = (
+                shift if constant is None else b.emit(ADD, (constant, shift), shape_of(constant), shift.meta["dtype"])
+            )
             count += 1
             if total is None:
                 moved = bias
@@ -114,6 +117,8 @@ def foldable(user: Node) -> bool:
     """True for a projection, and for the sum with a constant that projections alone read."""
     if user.target is LINEAR:
         return True
-    return user.target is ADD and any(isinstance(a, Node) and a.meta["const"] for a in user.args) and all(
-        u.target is LINEAR for u in user.users
+    return (
+        user.target is ADD
+        and any(isinstance(a, Node) and a.meta["const"] for a in user.args)
+        and all(u.target is LINEAR for u in user.users)
     )

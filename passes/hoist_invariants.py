@@ -1,8 +1,8 @@
 """loop(f(a), g(a, x)) = y = f(a); loop(g(y, x)): nothing that a loop does not change is computed in the loop.
 
 Three levels: what depends on weights alone is computed when the program is compiled (it becomes a constant: broadcasts
-are moved behind it, f(expand(c)) = expand(f(c))); what depends only on values that a loop does not write moves to a stage
-called once before the loop; the rest stays.
+are moved behind it, f(expand(c)) = expand(f(c))); what depends only on values that a loop does not write moves to a
+stage called once before the loop; the rest stays.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
             return None
         narrow: list[Any] = []
         for i, a in enumerate(args):
-            if a in wide and rule.get(i) == 0 and shape_of(a.args[0])[1:] == shape_of(a)[1:] and shape_of(a.args[0])[0] == 1:
+            if (
+                a in wide
+                and rule.get(i) == 0
+                and shape_of(a.args[0])[1:] == shape_of(a)[1:]
+                and shape_of(a.args[0])[0] == 1
+            ):
                 narrow.append(a.args[0])
             elif isinstance(a, Node) and not (a.meta["const"] and (rule.get(i) is None or is_pointwise(n.target))):
                 return None
@@ -90,7 +95,7 @@ def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
 
 
 def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage, list[str]] | None:
-    """(once, step, names of the values between them), or None if nothing worth moving depends on `fixed` inputs alone."""
+    """(once, step, values between them), or None if nothing worth moving depends on `fixed` inputs alone."""
     inputs = stage.input_nodes()
     invariant: set[Node] = {n for i, n in inputs.items() if i in fixed}
     heavy: set[Node] = set()
@@ -123,13 +128,17 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
             if n in env or n.op in ("placeholder", "output"):
                 continue
             if n.op == "get_attr":
-                env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+                env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
             else:
                 env[n] = b.copy(n, _mapped(n.args, env))
         b.output([env[n] for n in wanted.values()])
         names = [*inputs, *stop.values()]
         unused = [p for p in b.graph.nodes if p.op == "placeholder" and not p.users]
-        kept = [i for i, p in zip(names, [p for p in b.graph.nodes if p.op == "placeholder"], strict=True) if p not in unused]
+        kept = [
+            i
+            for i, p in zip(names, [p for p in b.graph.nodes if p.op == "placeholder"], strict=True)
+            if p not in unused
+        ]
         for p in unused:
             b.graph.erase_node(p)
         return Stage(b.graph, kept, list(wanted))

@@ -45,7 +45,7 @@ class PackProjections(Pass):
     def weight(self, b: Builder, n: Node) -> Node:
         """A constant expression of the old graph in the new one."""
         if n.op == "get_attr":
-            return b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+            return b.weight(str(n.target), shape_of(n), n.meta["dtype"])
 
         def value(a):
             if isinstance(a, Node):
@@ -61,7 +61,7 @@ class PackProjections(Pass):
                 by_rows.setdefault((n.args[0], len(n.args)), []).append(n)
         groups = []
         for members in by_rows.values():
-            alone = [n for n in members if sum(not u.meta.get("const") for u in n.args[1].users) == 1]  # type: ignore[union-attr]
+            alone = [n for n in members if sum(not u.meta.get("const") for u in n.args[1].users) == 1]
             for n in members:
                 if n not in alone and len(members) > 1:
                     report.skip(stage, f"the weight of {n.name} is read elsewhere too")

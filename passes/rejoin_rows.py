@@ -54,7 +54,7 @@ def siblings(graph: Graph) -> tuple[dict[Node, list[Node]], list[str]]:
         nodes = list(dict.fromkeys(n for _, n in members))
         if len(nodes) < 2:
             continue
-        if len({depth(n.args[0], known) for n in nodes}) > 1:  # type: ignore[arg-type]
+        if len({depth(n.args[0], known) for n in nodes}) > 1:
             reasons.append(f"the parts of {name} are not ready at the same time")
             continue
         for n in nodes:
@@ -67,7 +67,8 @@ class Rejoin:
 
     def __init__(self, graph: Graph, groups: dict[Node, list[Node]]):
         self.graph, self.groups = graph, groups
-        self.b, self.env, self.joined = Builder(), {}, 0  # type: ignore[var-annotated]
+        self.b, self.joined = Builder(), 0
+        self.env: dict[Node, Any] = {}
         self.by_source: dict[Any, list[Node]] = {}
         for n in graph.nodes:
             if "source" in n.meta:
@@ -82,11 +83,11 @@ class Rejoin:
         for n in order:  # in order where possible; the parts of a group are made together when the first is asked for
             if n.op != "output":
                 self.make(n)
-        self.b.output([self.node(self.env[a]) for a in output.args[0]])  # type: ignore[union-attr]
+        self.b.output([self.node(self.env[a]) for a in output.args[0]])
         return self.b.graph, self.joined
 
     def make(self, wanted: Node) -> None:
-        """Make a node, first all that it or its group reads. A stack, since graphs are deeper than Python's recursion."""
+        """Make a node, first all that it or its group reads. With a stack: graphs are deeper than Python recurses."""
         stack = [wanted]
         while stack:
             n = stack[-1]
@@ -102,7 +103,7 @@ class Rejoin:
             if len(group) > 1:
                 self.join_group(group)
             elif n.op == "get_attr":
-                self.env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])  # type: ignore[arg-type]
+                self.env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])
             else:
                 self.env[n] = self.copy(n)
 

@@ -20,7 +20,9 @@ class SplitRows(Pass):
         if not seams.splits:
             report.skip(stage, "no operator reads a concatenation row by row")
             return graph
-        report.did(f"{stage}: {seams.splits} operators run part by part, {seams.routes // 2} selections by mask are gone")
+        report.did(
+            f"{stage}: {seams.splits} operators run part by part, {seams.routes // 2} selections by mask are gone"
+        )
         left = sum(n.target is WHERE for n in made.nodes)
         if left:
             report.skip(stage, f"{left} selections stay: their mask is not known at trace time")

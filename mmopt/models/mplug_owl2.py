@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt import ops
@@ -76,7 +76,7 @@ class Config:
 
 
 # Values that would change the maths and that this implementation does not know are refused by name.
-FIXED = {
+FIXED: dict[str, dict] = {
     "": {
         "hidden_act": "silu",
         "rope_scaling": None,
@@ -284,7 +284,7 @@ class AbstractorLayer(nn.Module):
 
 
 class Abstractor(nn.Module):
-    """Vision rows ``[N, 1 + patches, width]`` -> image rows ``[N, queries + 1, hidden]`` (the last one is `vit_eos`)."""
+    """Vision rows ``[N, 1 + patches, width]`` -> image rows ``[N, queries + 1, hidden]``; the last is `vit_eos`."""
 
     def __init__(self, c: AbstractorConfig, hidden_size: int):
         super().__init__()
@@ -468,7 +468,9 @@ def stages(model: MplugOwl2, capacity: int) -> dict[str, StageSpec]:
     pixels = TensorSpec(("N", v.num_channels, v.image_size, v.image_size), dtype)
     rows = {n: TensorSpec(("B", s, c.hidden_size), dtype) for n, s in (("visual", "nv"), ("text", "nt"))}
     return {
-        "vision": StageSpec(Part(model, lambda m, x: m.model.vision_model(x)), {"pixel_values": pixels}, ["vision_rows"]),
+        "vision": StageSpec(
+            Part(model, lambda m, x: m.model.vision_model(x)), {"pixel_values": pixels}, ["vision_rows"]
+        ),
         "abstractor": StageSpec(
             Part(model, lambda m, x: m.model.visual_abstractor(x)), {"vision_rows": vision_rows}, ["image_rows"]
         ),

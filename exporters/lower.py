@@ -1,0 +1,149 @@
+"""Lowering of the operators that every target spells alike, in plain ONNX."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mmopt.exporters.emit import ONNX_TYPE, Emitter, Rule
+from mmopt.graph import (
+    ADD, ARANGE, CAT, CONV2D, EMBEDDING, EXPAND, FULL, LAYER_NORM, MUL, PERMUTE, RESHAPE, SLICE, WHERE, aten, shape_of,
+)  # fmt: skip
+
+
+def unary(kind: str) -> Rule:
+    return lambda e, n: e.op(kind, e.value(n.args[0]))
+
+
+def binary(kind: str, compares: bool = False) -> Rule:
+    def rule(e: Emitter, n: Node) -> str:
+        dtype = common_dtype(e, n) if compares else e.dtype(n)
+        return e.op(kind, *(e.operand(a, dtype) for a in n.args[:2]))
+
+    return rule
+
+
+def common_dtype(e: Emitter, n: Node) -> torch.dtype:
+    """The dtype in which two operands are compared: the wider one; a number takes that of the tensor."""
+    kinds = [e.dtype(a) for a in n.args[:2] if isinstance(a, Node)]
+    return torch.promote_types(kinds[0], kinds[-1])
+
+
+def scalar_of(e: Emitter, x: Any) -> str:
+    return e.scalar(x)
+
+
+def silu(e: Emitter, n: Node) -> str:
+    x = e.value(n.args[0])
+    return e.op("Mul", x, e.op("Sigmoid", x))
+
+
+def to(e: Emitter, n: Node) -> str:
+    return e.cast(e.value(n.args[0]), e.dtype(n.args[0]), e.dtype(n))  # type: ignore[arg-type]
+
+
+def reshape(e: Emitter, n: Node) -> str:
+    return e.op("Reshape", e.value(n.args[0]), e.shape(shape_of(n), shape_of(n.args[0])))  # type: ignore[arg-type]
+
+
+def slice_(e: Emitter, n: Node) -> str:
+    x, dim, lo, hi, *step = n.args
+    steps = [e.ints(step)] if step else []
+    return e.op("Slice", e.value(x), e.size(lo or 0), e.size(hi), e.ints([dim]), *steps)  # type: ignore[arg-type,list-item]
+
+
+def arange(e: Emitter, n: Node) -> str:
+    lo, hi = n.args[:2]
+    counted = e.op("Range", e.scalar(lo), e.scalar(hi), e.scalar(1))  # type: ignore[arg-type]
+    return e.cast(counted, torch.int64, e.dtype(n))
+
+
+def full(e: Emitter, n: Node) -> str:
+    return e.op("Expand", e.number(n.args[1], e.dtype(n)), e.shape(shape_of(n)))
+
+
+def where(e: Emitter, n: Node) -> str:
+    return e.op("Where", e.value(n.args[0]), e.operand(n.args[1], e.dtype(n)), e.operand(n.args[2], e.dtype(n)))
+
+
+def conv2d(e: Emitter, n: Node) -> str:
+    x, w, bias, stride, padding, dilation, groups = (*n.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(n.args) - 2 :])
+    ins = [e.value(x), e.value(w)] + ([] if bias is None else [e.value(bias)])
+    return e.op(
+        "Conv", *ins, strides=list(stride), pads=list(padding) * 2, dilations=list(dilation), group=groups  # type: ignore[call-overload,arg-type]
+    )  # fmt: skip
+
+
+def argmax(e: Emitter, n: Node) -> str:
+    x, dim, keep = (*n.args, False)[:3]
+    return e.op("ArgMax", e.value(x), axis=dim, keepdims=int(keep))  # type: ignore[call-overload]
+
+
+def layer_norm(e: Emitter, n: Node) -> str:
+    x, size, gain, bias, eps = (*n.args, *(None, None, 1e-5)[max(len(n.args) - 2, 0) :])[:5]
+    ins = [e.value(x), gain_of(e, n, gain)] + ([] if bias is None else [e.value(bias)])
+    return e.op("LayerNormalization", *ins, axis=-len(size), epsilon=eps)  # type: ignore[arg-type]
+
+
+def gain_of(e: Emitter, n: Node, gain: Any) -> str:
+    """The gain of a norm; ones where a pass moved it elsewhere."""
+    if gain is not None:
+        return e.operand(gain, e.dtype(n))
+    return e.constant(torch.ones([int(s) for s in n.args[1]], dtype=e.dtype(n)))  # type: ignore[union-attr]
+
+
+def rms_norm_args(n: Node) -> tuple[Any, Any, float]:
+    """Rows, gain or None, eps."""
+    x, _, gain, eps = (*n.args, *(None, None)[len(n.args) - 2 :])
+    return x, gain, torch.finfo(n.meta["dtype"]).eps if eps is None else float(eps)  # type: ignore[arg-type]
+
+
+def attention_args(n: Node) -> tuple[Any, Any, Any, int, int, Any, bool, float | None]:
+    """q, k, v, heads, kv_heads, key_mask, causal, scale."""
+    return (*n.args, *(None, False, None)[len(n.args) - 5 :])  # type: ignore[return-value]
+
+
+def scale_of(n: Node, q: Node, heads: int, scale: float | None) -> float:
+    return float(scale) if scale is not None else (int(shape_of(q)[-1]) // heads) ** -0.5
+
+
+PLAIN: dict[Any, Rule] = {
+    operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],  # type: ignore[index]
+    RESHAPE: reshape,
+    PERMUTE: lambda e, n: e.op("Transpose", e.value(n.args[0]), perm=list(n.args[1])),  # type: ignore[arg-type]
+    EXPAND: lambda e, n: e.op("Expand", e.value(n.args[0]), e.shape(shape_of(n))),
+    SLICE: slice_,
+    CAT: lambda e, n: e.op("Concat", *(e.operand(a, e.dtype(n)) for a in n.args[0]), axis=n.args[1]),  # type: ignore[union-attr]
+    FULL: full,
+    ARANGE: arange,
+    WHERE: where,
+    EMBEDDING: lambda e, n: e.op("Gather", e.value(n.args[0]), e.value(n.args[1])),
+    CONV2D: conv2d,
+    LAYER_NORM: layer_norm,
+    aten.to.dtype: to,
+    aten.argmax.default: argmax,
+    aten.silu.default: silu,
+    aten.softmax.int: lambda e, n: e.op("Softmax", e.value(n.args[0]), axis=n.args[1]),
+    aten.gelu.default: lambda e, n: e.op(
+        "Gelu", e.value(n.args[0]), approximate=n.args[1] if len(n.args) > 1 else "none"
+    ),
+    ADD: binary("Add"),
+    MUL: binary("Mul"),
+    aten.sub.Tensor: binary("Sub"),
+    aten.div.Tensor: binary("Div"),
+}
+PLAIN |= {
+    getattr(aten, name).default: unary(kind)
+    for name, kind in {
+        "sigmoid": "Sigmoid", "tanh": "Tanh", "cos": "Cos", "sin": "Sin", "exp": "Exp", "log": "Log", "sqrt": "Sqrt",
+        "neg": "Neg", "abs": "Abs", "relu": "Relu", "erf": "Erf", "reciprocal": "Reciprocal", "logical_not": "Not",
+    }.items()
+}  # fmt: skip
+for _name, _kind in {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}.items():
+    PLAIN |= {getattr(getattr(aten, _name), o): binary(_kind, compares=True) for o in ("Tensor", "Scalar")}
+for _name, _kind in {"logical_and": "And", "logical_or": "Or", "bitwise_and": "And", "bitwise_or": "Or"}.items():
+    PLAIN[getattr(aten, _name).Tensor if "bitwise" in _name else getattr(aten, _name).default] = binary(_kind)
+assert ONNX_TYPE

@@ -1,1 +1,1 @@
-from mmopt.tracing import trace as trace  # noqa: F401
+from mmopt.tracing import trace as trace

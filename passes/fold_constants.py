@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, Node
 
 from mmopt.graph import ADD, LAYER_NORM, LINEAR, MUL, RESHAPE, SLICE, Builder, rebuild, shape_of
@@ -72,7 +74,7 @@ class FoldConstants(Pass):
             if norm not in shared:
                 return None
             seen = args[0]
-            constant: Node | None = None
+            constant: Any = None
             if added is not None:
                 new_norm, constant = seen.args if seen.args[0].target is LAYER_NORM else reversed(seen.args)
             else:
@@ -81,9 +83,10 @@ class FoldConstants(Pass):
             plain = b.emit(LAYER_NORM, (x, size, None, None, eps), shape_of(norm), norm.meta["dtype"])
             w, bias = args[1], (*args, None)[2]
             scaled = b.emit(MUL, (w, gain), shape_of(w), w.meta["dtype"])
-            total = (
-                shift if constant is None else b.emit(ADD, (constant, shift), shape_of(constant), shift.meta["dtype"])
-            )
+            added_up = [t for t in (constant, shift) if t is not None]
+            total = added_up[0] if added_up else None
+            if len(added_up) == 2:
+                total = b.emit(ADD, tuple(added_up), shape_of(added_up[0]), added_up[0].meta["dtype"])
             count += 1
             if total is None:
                 moved = bias

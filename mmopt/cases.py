@@ -1,0 +1,252 @@
+"""Replay recorded cases at any point of the line: the loaded model, the Program, the optimized Program, the engine."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmopt.checkpoint import DTYPES, Model, load
+from mmopt.recorded import Case, read_cases
+from mmopt.replay import Pairs, at_engine, at_model, at_program, preprocessed, tapped
+
+POINTS = ("model", "program", "optimized", "engine")
+
+# Cases are recorded in float32. In half precision each rounding is 2^-9 (bfloat16) or 2^-12 (float16) of a value and
+# adds up through all layers, so an error is judged against the largest recorded value of its tensor. Greedy decoding
+# is fed the recorded ids, and its own choices are reported but not judged.
+HALF_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+NOT_COMPARED = (  # the first reason that fits stands in the report: (points, outputs, reason)
+    ("model", r"", "the model made no such value from these inputs"),
+    ("program optimized engine", r"out\.prepare\.(?!inputs_embeds).*", "the schedule has no such tensor: prompts are not padded"),
+    ("optimized engine", r"out\.loss", "needs the logits of all rows"),
+    ("program optimized engine", r"", "an internal value, compared at model only"),
+)
+RECORDED = (
+    r"out\.(prepare\.(inputs_embeds|modality_indicators|attention_mask|labels)|logits|loss|hidden\.0|kv_cache\.\d+\.(key|value)"
+    r"|greedy\.(token_ids|step_logits_(cached|nocache)|final_kv_cache\.\d+\.(key|value)))"
+)
+
+
+def replay(
+    checkpoint: str | Path,
+    cases: Iterable[str | Path],
+    at: Sequence[str] = POINTS,
+    dtype: str = "float32",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Replay case files at the points `at`; ``progress`` is told what is going on, a line at a time.
+
+    Returns ``rows`` of ``{case, point, output, max_abs, max_rel, ids_equal, ok}`` and ``not_compared`` of ``{case,
+    point, output, reason}``, all plain JSON values. max_rel is the largest error over the largest recorded value;
+    ids_equal is None where the output is not token ids; numbers that are not finite are None. A run that fails gives a
+    row ``output="run"`` that is not ok, with its error in ``not_compared``.
+
+    Raises ValueError for an unknown point, dtype, or input name, and for files that are not cases.
+    """
+    wrong = [p for p in at if p not in POINTS]
+    if wrong or not at:
+        raise ValueError(f"at: expected some of {', '.join(POINTS)}, found {', '.join(wrong) or 'none'}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    tell = progress or (lambda line: None)
+    tell(f"load {checkpoint}")
+    model = load(checkpoint, dtype=dtype)
+    todo = read_cases(cases, Path(checkpoint), model.family.image_id, model.config.rows_per_image)
+    result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": []}
+    with ExitStack() as stack:
+        line = Line(model, todo, tell, stack)
+        for point in (p for p in POINTS if p in at):
+            for case in todo:
+                tell(f"{point}: {case.name}")
+                rows, skipped = _replay_one(line, point, case)
+                result["rows"] += rows
+                result["not_compared"] += skipped
+    return result
+
+
+def passed(result: dict[str, list[dict[str, Any]]]) -> bool:
+    """True if every comparison is ok and every case was compared at least once."""
+    compared = {r["case"] for r in result["rows"]}
+    return all(r["ok"] for r in result["rows"]) and all(n["case"] in compared for n in result["not_compared"])
+
+
+class Line:
+    """The points, each made on first use and large enough for all cases."""
+
+    def __init__(self, model: Model, cases: Sequence[Case], tell: Callable[[str], None], stack: ExitStack):
+        self.model, self.tell, self.stack = model, tell, stack
+        prompts = [c for c in cases if c.is_prompt]
+        image = model.family.image_id
+        self.batch = max((len(c.prompts) for c in prompts), default=1)
+        self.images = max((p.count(image) for c in prompts for p in c.prompts), default=1)
+        self.context = max((int(c.valid.sum(1).max()) + max(c.steps - 1, 0) for c in prompts), default=1)
+        self.made: dict[str, Any] = {}
+
+    def point(self, name: str) -> Any:
+        if name not in self.made:
+            try:
+                self.made[name] = getattr(self, f"_{name}")()
+            except Exception as e:
+                self.made[name] = e
+        if isinstance(self.made[name], Exception):
+            raise self.made[name]
+        return self.made[name]
+
+    def _model(self) -> Model:
+        return self.model
+
+    def _program(self) -> Any:
+        from mmopt.trace import trace
+
+        self.tell(f"trace: batch {self.batch}, {self.images} images, context {self.context}")
+        return trace(self.model, batch=self.batch, images=max(self.images, 1), context=max(self.context, 2))
+
+    def _optimized(self) -> Any:
+        from mmopt.pipeline import optimize
+
+        program = self.point("program")
+        self.tell("optimize")
+        return optimize(program, check=False).program  # the recorded cases are the check
+
+    def _engine(self) -> Any:
+        from mmopt.engine import Engine
+        from mmopt.exporters.onnx import export
+
+        program = self.point("optimized")
+        self.tell("export")
+        out = Path(self.stack.enter_context(tempfile.TemporaryDirectory())) / "engine"
+        export(program, out)
+        return Engine(out)
+
+
+def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[dict]]:
+    """The rows of one case at one point, and what was left out."""
+    half = HALF_TOLERANCE.get(line.model.dtype)
+    where = {"case": case.name, "point": point}
+    if half and point in ("optimized", "engine"):
+        kind = str(line.model.dtype).removeprefix("torch.")
+        return [], [{**where, "output": "out.*", "reason": f"{kind} is compared at model and program only"}]
+    image = line.model.family.image_id
+    if point != "model" and any(p[-1] == image for p in case.prompts if p):
+        return [], [{**where, "output": "out.*", "reason": "a prompt ends with an image, which a Program refuses"}]
+    try:
+        pairs = _run(line, point, case, forced=half is not None)
+    except Exception as e:  # one broken run must not hide the other results
+        row = {**where, "output": "run", "max_abs": None, "max_rel": None, "ids_equal": None, "ok": False}
+        return [row], [{**where, "output": "out.*", "reason": f"failed: {type(e).__name__}: {e}"}]
+    tolerance = line.model.family.cases
+    rows = [{**where, "output": k, **judge(k, *v, tolerance.atol, tolerance.rtol, half)} for k, v in sorted(pairs.items())]
+    skipped = [{**where, "output": k, "reason": _why_not(line.model, point, case, k)} for k in case.outputs if k not in pairs]
+    if "out.logits" in pairs and point in ("optimized", "engine"):
+        skipped.append({**where, "output": "out.logits", "reason": "rows before the last one of each sample are not made"})
+    if case.padded and pairs:
+        skipped.append({**where, "output": "padding rows", "reason": "no one reads them: only real rows are compared"})
+    return rows, skipped
+
+
+def _run(line: Line, point: str, case: Case, forced: bool) -> Pairs:
+    if point == "model":
+        return at_model(line.model, case, forced) | preprocessed(line.model.processing["image"], case)
+    at = line.point(point)
+    if point == "engine":
+        return at_engine(at, case)
+    return at_program(at, case, forced, all_rows=point == "program") | preprocessed(at.info["processing"]["image"], case)
+
+
+def judge(name: str, ours: Tensor, recorded: Tensor, atol: float, rtol: float, half: float | None = None) -> dict[str, Any]:
+    """One comparison: ``|ours - recorded| <= atol + rtol |recorded|`` everywhere; integers must be equal.
+
+    With `half` (half precision) the largest error may be that share of the largest recorded value.
+    """
+    row: dict[str, Any] = {"max_abs": None, "max_rel": None, "ids_equal": None, "ok": False}
+    is_ids = name.endswith("token_ids")
+    if ours.shape != recorded.shape:
+        return row | ({"ids_equal": False} if is_ids else {})
+    if is_ids:
+        equal = torch.equal(ours.long(), recorded.long())
+        return row | {"ids_equal": equal, "ok": equal or half is not None}
+    a, b = ours.double(), recorded.double()
+    error, size = (a - b).abs(), b.abs()
+    max_abs = float(error.max()) if error.numel() else 0.0
+    scale = float(size.max()) if size.numel() else 0.0
+    max_rel = max_abs / scale if scale else max_abs
+    if not recorded.is_floating_point():
+        ok = torch.equal(a, b)
+    elif half is None:
+        ok = bool((error <= atol + rtol * size).all())  # false for nan
+    else:
+        ok = max_rel <= half
+    finite = math.isfinite(max_abs)
+    return row | {"max_abs": max_abs if finite else None, "max_rel": max_rel if finite else None, "ok": ok and finite}
+
+
+def _why_not(model: Model, point: str, case: Case, name: str) -> str:
+    taps = model.family.cases
+    known = re.fullmatch(RECORDED, name) or any(re.fullmatch(f"out\\.{re.escape(p)}_.*", name) for p in case.pictures)
+    if not known and not any(tapped(name, t) for t in (taps.vision_taps, taps.input_taps, taps.language_taps)):
+        return "not an output that this version knows"
+    if case.left_padded and not name.startswith("out.prepare."):
+        return "left padding: the reference masks the wrong rows here"
+    if case.padded and name.startswith("out.greedy."):
+        return "the reference goes on from padding rows here"
+    return next(why for points, names, why in NOT_COMPARED if point in points.split() and re.match(names or "", name))
+
+
+def table(result: dict[str, list[dict[str, Any]]], width: int = 120) -> str:
+    """The result as text: outputs of a case that differ by an index share a line with their largest error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    points = [p for p in POINTS if any(p == r["point"] for r in result["rows"] + result["not_compared"])]
+    cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for r in result["rows"]:
+        cells.setdefault((r["case"], _family_of_outputs(r["output"])), {}).setdefault(r["point"], []).append(r)
+    shown = Table(title="largest error", title_justify="left")
+    for column in ("case", "output"):
+        shown.add_column(column, overflow="fold")
+    for point in points:
+        shown.add_column(point, justify="right")
+    last = None
+    for (case, output), by_point in sorted(cells.items()):
+        shown.add_row("" if case == last else case, output, *(_cell(by_point.get(p, [])) for p in points))
+        last = case
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for n in result["not_compared"]:
+        outputs = reasons.setdefault((n["point"], n["case"], n["reason"]), [])
+        if _family_of_outputs(n["output"]) not in outputs:
+            outputs.append(_family_of_outputs(n["output"]))
+    bad = sum(not r["ok"] for r in result["rows"])
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, highlight=False, markup=False)
+    console.print(shown)
+    if reasons:
+        console.print("not compared:")
+    for (point, case, reason), outputs in reasons.items():
+        console.print(f"  {point}: {case}: {', '.join(outputs)}: {reason}")
+    console.print(f"{len(result['rows'])} comparisons, {bad} not ok" if result["rows"] else "nothing was compared")
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _family_of_outputs(name: str) -> str:
+    return re.sub(r"\.\d+", ".*", name)
+
+
+def _cell(rows: list[dict]) -> str:
+    if not rows:
+        return "-"
+    bad = [r for r in rows if not r["ok"]]
+    if any(r["ids_equal"] is not None for r in rows):
+        text = "equal" if all(r["ids_equal"] for r in rows) else "not equal"
+    else:
+        errors = [r["max_abs"] for r in bad or rows]
+        text = "failed" if None in errors else f"{max(errors):.1e}"
+    return text if not bad else f"{text} NOT OK" + (f" ({len(bad)} of {len(rows)})" if len(rows) > 1 else "")

@@ -26,6 +26,7 @@ from mmopt.processing import ChatTemplate, ImageProcessor, TextProcessor
 IMAGES, QUESTIONS, TEXTS = 32, 8, 32  # per step: pictures, questions on each, text-only examples
 BLOCK = 12  # rows of one question with its answer, </s> left out: 10 tokens, "ASSISTANT:", one word
 TEXT_BLOCK = 10  # rows of a text-only example: <s> "USER:" "reverse:" a b c "ASSISTANT:" c b a
+LEARNING_RATE = 1e-3
 SHIFT = 6  # pixels
 NEW_TOKENS = 4  # the longest answer and </s>
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -192,11 +193,13 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
     parameters = [*module.requires_grad_(True).parameters(), *aux.parameters()]
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     packed, first, spent = Packed(module), 0, 0.0
     state = Path(args.state)
     if state.is_file():
         saved = torch.load(state, weights_only=True)
+        if saved["run"] != [args.steps, args.seed]:
+            raise SystemExit(f"{state} is of a run with (steps, seed) = {saved['run']}: delete it or name another --state")
         module.load_state_dict(saved["module"])
         aux.load_state_dict(saved["aux"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -207,7 +210,7 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
         rng = random.Random(f"{args.seed} {step}")  # of the step alone, so a resumed run is the same run
         warm, done = min(1.0, (step + 1) / 100), step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = LEARNING_RATE * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         chosen = rng.sample(paths, IMAGES)
         examples = [prompts.example(q, BLOCK) for p in chosen for q in rng.choices(by_image[p], k=QUESTIONS)]
         ids, wanted = torch.tensor(examples).unbind(1)
@@ -242,7 +245,7 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
             )
             state.parent.mkdir(parents=True, exist_ok=True)
             made = {"module": module.state_dict(), "aux": aux.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(made | {"step": step + 1, "seconds": spent}, state.with_suffix(".part"))
+            torch.save(made | {"run": [args.steps, args.seed], "step": step + 1, "seconds": spent}, state.with_suffix(".part"))
             os.replace(state.with_suffix(".part"), state)
 
 
@@ -279,8 +282,7 @@ def evaluate(out: Path, split: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", default="out/train_mplug_owl2.pt", help="where an interrupted run is resumed from")

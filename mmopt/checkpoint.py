@@ -67,21 +67,21 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> Model:
     _assign(family, config, module, _read_weights(directory), directory)
     module.eval().requires_grad_(False)
     if dtype is not None:
-        _convert(module, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+        _convert(module, _dtype(dtype))
     return Model(family, config, raw, module, directory)
 
 
 def from_config(
-    name: str | Path | dict, dtype: str | torch.dtype = "float32", random: bool = False, seed: int = 0
+    name: str | Path | dict, dtype: str | torch.dtype | None = None, random: bool = False, seed: int = 0
 ) -> Model:
     """A model of a shipped config (``mplug-owl2-7b`` ...), a config.json file or a dict.
 
-    Without `random` the weights are shapes only: they can be traced, optimized and inspected, not run.
+    `dtype` is by default the config's torch_dtype, or float32. Without `random` the weights are shapes only: they can be traced, optimized and inspected, not run.
     """
     raw = name if isinstance(name, dict) else _read_json(_config_file(name))
     family = family_of(raw)
     config = family.parse_config(raw)
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    kind = _dtype(raw.get("torch_dtype") or "float32" if dtype is None else dtype)
     with torch.device("meta"):
         module = family.build(config)
     generator = torch.Generator().manual_seed(seed)
@@ -121,6 +121,13 @@ def _random(key: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Ge
         return (centre + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
     scale = 1.0 if len(shape) == 3 else shape[1:].numel() ** -0.5
     return torch.empty(shape, dtype=dtype).normal_(generator=generator).mul_(scale)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
+    return kind
 
 
 def _download(name: str) -> Path:

@@ -64,7 +64,7 @@ def get_model(checkpoint: str | None, config: str | None, dtype: str | None, ran
     if checkpoint is not None:
         return mmopt.load(checkpoint, dtype)
     assert config is not None
-    return mmopt.from_config(config, dtype or "float32", random=random)
+    return mmopt.from_config(config, dtype, random=random)
 
 
 def show(data: dict, text: str, as_json: bool) -> None:

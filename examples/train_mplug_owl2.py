@@ -195,11 +195,11 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     packed, first, spent = Packed(module), 0, 0.0
-    state = Path(args.state)
+    state, run = Path(args.state), [args.steps, args.seed]
     if state.is_file():
         saved = torch.load(state, weights_only=True)
-        if saved["run"] != [args.steps, args.seed]:
-            raise SystemExit(f"{state} is of a run with (steps, seed) = {saved['run']}: delete it or name another --state")
+        if saved["run"] != run:
+            raise SystemExit(f"{state} is of a run with (steps, seed) {saved['run']}: delete it or name another")
         module.load_state_dict(saved["module"])
         aux.load_state_dict(saved["aux"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -245,7 +245,7 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
             )
             state.parent.mkdir(parents=True, exist_ok=True)
             made = {"module": module.state_dict(), "aux": aux.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(made | {"run": [args.steps, args.seed], "step": step + 1, "seconds": spent}, state.with_suffix(".part"))
+            torch.save(made | {"run": run, "step": step + 1, "seconds": spent}, state.with_suffix(".part"))
             os.replace(state.with_suffix(".part"), state)
 
 

@@ -5,25 +5,40 @@ are written in place, a single row needs no mask, what depends on weights or siz
 selection between two branches by row (`where` on a mask that the sizes determine) is run in one of two ways:
 
 - ``"routed"``: as reference implementations of multiway modules do, compare + nonzero + gather + branch + scatter;
-- ``"known"``: the rows of each branch are known, so each branch runs on a slice of the rows; decode is one branch alone.
+- ``"known"``: the rows of each branch are known: each branch runs on a slice of the rows; decode is one branch alone.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mmopt import ops
 from mmopt.graph import (
-    ADD, ATTENTION, CACHED_ATTENTION, CAT, EXPAND, LAYER_NORM, LINEAR, MUL, PERMUTE, RESHAPE, RMS_NORM, ROTARY, SLICE,
-    WHERE, aten, shape_of,
+    ADD,
+    ATTENTION,
+    CACHED_ATTENTION,
+    CAT,
+    EXPAND,
+    LAYER_NORM,
+    LINEAR,
+    MUL,
+    PERMUTE,
+    RESHAPE,
+    RMS_NORM,
+    ROTARY,
+    SLICE,
+    WHERE,
+    aten,
+    shape_of,
 )  # fmt: skip
 from mmopt.program import Stage, evaluate
 
@@ -36,17 +51,23 @@ FUNCTIONS: dict[Any, Callable] = {
 BY_ROW = (LINEAR, RMS_NORM, LAYER_NORM)
 
 
-def routed(branch: Callable, is_first: Tensor, x: Tensor, first: tuple, second: tuple) -> Tensor:
-    """Rows of x ``[B, S, D]`` through ``branch(x, *first)`` where is_first, else ``branch(x, *second)``."""
-    chosen, out = is_first.reshape(1, -1).expand(x.shape[:2]), None
-    for wanted, rest in ((False, second), (True, first)):
-        rows = chosen.eq(wanted).nonzero(as_tuple=True)
-        if rows[0].numel():
-            made = branch(x[rows], *rest)
-            out = made.new_empty(*x.shape[:2], made.shape[-1]) if out is None else out
-            out[rows] = made
-    assert out is not None
-    return out
+@functools.cache
+def routed(branch: Callable) -> Callable[[Tensor, Tensor, tuple, tuple], Tensor]:
+    """Rows of x ``[B, S, D]`` through ``branch(x, *first)`` where is_first, else through ``branch(x, *second)``."""
+
+    def run(is_first: Tensor, x: Tensor, first: tuple, second: tuple) -> Tensor:
+        chosen, out = is_first.reshape(1, -1).expand(x.shape[:2]), None
+        for wanted, rest in ((False, second), (True, first)):
+            rows = chosen.eq(wanted).nonzero(as_tuple=True)
+            if rows[0].numel():
+                made = branch(x[rows], *rest)
+                out = made.new_empty(*x.shape[:2], made.shape[-1]) if out is None else out
+                out[rows] = made
+        assert out is not None
+        return out
+
+    run.__name__ = f"routed_{branch.__name__}"
+    return run
 
 
 def attention_in_place(
@@ -111,7 +132,8 @@ class _Writer:
         for n in self.stage.graph.nodes:
             if n.target is WHERE and all(isinstance(a, Node) for a in n.args):
                 _, a, b = n.args
-                if a.target is b.target and a.target in BY_ROW and a.args[0] is b.args[0] and len(a.users) == len(b.users) == 1:
+                alike = a.target is b.target and a.target in BY_ROW and a.args[0] is b.args[0]
+                if alike and len(a.users) == len(b.users) == 1:
                     found |= {a, b}
         return found
 
@@ -177,17 +199,14 @@ class _Writer:
         f, x = FUNCTIONS[first.target], first.args[0]  # type: ignore[union-attr]
         branches = {True: first.args[1:], False: second.args[1:]}  # type: ignore[union-attr]
         if routing == "routed":
-            return self.call(routed, f, mask, x, branches[True], branches[False])
+            return self.call(routed(f), mask, x, branches[True], branches[False])
         chosen = self.env[mask].flatten().tolist()  # type: ignore[index]
         seams = [i for i in range(1, len(chosen)) if chosen[i] != chosen[i - 1]]
         if not seams:
             return self.call(f, x, *branches[chosen[0]])
         runs = zip([0, *seams], [*seams, len(chosen)], strict=True)
-        return self.call(
-            torch.cat,
-            [self.call(f, self.call(torch.narrow, x, 1, lo, hi - lo), *branches[chosen[lo]]) for lo, hi in runs],
-            1,
-        )
+        parts = [self.call(f, self.call(torch.narrow, x, 1, lo, hi - lo), *branches[chosen[lo]]) for lo, hi in runs]
+        return self.call(torch.cat, parts, 1)
 
 
 def torch_stage(

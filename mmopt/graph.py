@@ -165,12 +165,19 @@ class Builder:
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
+def mapped(args: Any, env: dict[Node, Any]) -> Any:
+    """Arguments of a node with what stands for each node put in."""
+    if isinstance(args, tuple | list):
+        return tuple(mapped(a, env) for a in args)
+    return env[args] if isinstance(args, Node) else args
+
+
 def rebuild(graph: Graph, visit: Callable[[Builder, Node, tuple], Node | None]) -> Graph:
     """Copy a graph node by node; `visit` returns what stands for a node given its new arguments, None to copy it."""
     b = Builder()
     env: dict[Node, Any] = {}
     for n in graph.nodes:
-        args = torch.fx.node.map_aggregate(n.args, lambda a: env[a] if isinstance(a, Node) else a)
+        args = mapped(n.args, env)
         if n.op == "placeholder":
             env[n] = b.placeholder(n.target, shape_of(n), n.meta["dtype"])
         elif n.op == "get_attr":

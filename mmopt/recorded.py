@@ -1,4 +1,4 @@
-"""A recorded case: one safetensors file of ``in.*`` and ``out.*`` tensors, made by running a reference implementation."""
+"""A recorded case: a safetensors file of ``in.*`` and ``out.*`` tensors, made by running a reference implementation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Case:
     def each(self, x: Tensor) -> list[Tensor]:
         """The real rows of x ``[B, S, ...]``, for each sample."""
         if x.shape[:2] != self.valid.shape:
-            raise ValueError(f"{self.name}: rows {tuple(x.shape[:2])} were recorded, but its inputs give {tuple(self.valid.shape)}")
+            seen, wanted = tuple(x.shape[:2]), tuple(self.valid.shape)
+            raise ValueError(f"{self.name}: expected {wanted} samples and rows from its inputs, found {seen}")
         return [x[b, v] for b, v in enumerate(self.valid)]
 
     def real(self, x: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
     ids, mask, labels = given["in.input_ids"], given.get("in.attention_mask"), given.get("in.labels")
     for name, x in (("in.attention_mask", mask), ("in.labels", labels)):
         if x is not None and x.shape != ids.shape:
-            raise ValueError(f"{case.name}: {name} has shape {tuple(x.shape)}, expected {tuple(ids.shape)} as in.input_ids")
+            raise ValueError(f"{case.name}: expected {name} of shape {tuple(ids.shape)}, found {tuple(x.shape)}")
     starts = [sum(counts[:i]) for i in range(len(counts))]
     samples: list[list[tuple[int, int, bool, int]]] = []  # rows of (id, image row, valid, label)
     slot = 0
@@ -157,5 +158,5 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
     case.filler = torch.arange(length) >= torch.tensor([[len(rows)] for rows in samples])
     case.labels = expanded if labels is not None else None
     if mask is not None:  # the reference adds the ones of inserted rows on the left end
-        parts = [[1] * (len(r) - ids.shape[1]) + m + [0] * (length - len(r)) for r, m in zip(samples, mask.tolist(), strict=True)]
-        case.mask = torch.tensor(parts, dtype=mask.dtype)
+        ones = [[1] * (len(rows) - ids.shape[1]) + m for rows, m in zip(samples, mask.tolist(), strict=True)]
+        case.mask = torch.tensor([m + [0] * (length - len(m)) for m in ones], dtype=mask.dtype)

@@ -1,4 +1,4 @@
-"""Run a recorded case on the loaded model, on a Program or on an engine, and lay what comes out beside the recording."""
+"""Run a recorded case on the loaded model, on a Program or on an engine; lay what comes out beside the recording."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmopt.checkpoint import Model
@@ -101,7 +100,22 @@ def at_program(program: Program, case: Case, forced: bool, all_rows: bool) -> Pa
 
 
 def at_engine(engine: Any, case: Case) -> Pairs:
-    raise NotImplementedError
+    """An `Engine` on the prompts. Of its embeddings only the image rows can be seen."""
+    pixels = case.used_pixels if case.is_prompt else case.pixel_values
+    image_rows = None if pixels is None else engine.encode_images(pixels.numpy())
+    seen = None if image_rows is None else torch.from_numpy(image_rows.numpy())
+    if not case.is_prompt:
+        return image_pairs(case, {} if seen is None else {"image_rows": seen})
+    trips = 0 if case.padded else case.steps
+    made = engine.run_ids(
+        case.prompts, image_rows=image_rows, max_new_tokens=max(trips, 1), ignore_eos=True, logits=True, caches=True
+    )
+    run = Run(image_rows=seen, logits=[torch.from_numpy(x[:1]) for x in made.logits])
+    run.caches = run.final_caches = {k: torch.from_numpy(v) for k, v in made.caches.items()}
+    if trips:
+        run.steps = torch.stack([torch.from_numpy(x) for x in made.logits])
+        run.ids = torch.tensor(made.tokens)
+    return lay_beside(case, run, all_rows=False)
 
 
 def preprocessed(settings: dict, case: Case) -> Pairs:
@@ -132,7 +146,8 @@ def lay_beside(case: Case, run: Run, all_rows: bool) -> Pairs:
     if "out.logits" in wanted:
         rows = case.each(wanted["out.logits"])
         pairs["out.logits"] = torch.cat(run.logits), torch.cat(rows if all_rows else [r[-1:] for r in rows])
-    if "out.loss" in wanted and all_rows and case.labels is not None and bool((case.labels[~case.valid] == IGNORE).all()):
+    countable = case.labels is not None and bool((case.labels[~case.valid] == IGNORE).all())  # no padding in the loss
+    if "out.loss" in wanted and all_rows and countable:
         targets = torch.cat([t[1:] for t in case.each(case.labels)])
         loss = F.cross_entropy(torch.cat([x[:-1] for x in run.logits]).float(), targets, ignore_index=IGNORE)
         pairs["out.loss"] = loss.reshape(wanted["out.loss"].shape), wanted["out.loss"]
@@ -161,7 +176,8 @@ class Taps:
     """Forward hooks on the modules whose outputs (or first inputs) a case recorded; each keeps its first call."""
 
     def __init__(self, model: Model, case: Case):
-        self.case, self.kept, self.hooks = case, {}, []
+        self.case, self.hooks = case, []
+        self.kept: dict[str, Tensor] = {}
         cases = model.family.cases
         self.language: set[str] = set()
         for taps in (cases.vision_taps, cases.input_taps, cases.language_taps):

@@ -18,11 +18,13 @@ from mmopt.graph import (
     CAT,
     EXPAND,
     FULL,
+    HEAVY,
     RESHAPE,
     SLICE,
     WHERE,
     Builder,
     Size,
+    mapped,
     on_part,
     operand_dims,
     shape_of,
@@ -80,16 +82,11 @@ class Seams:
             elif n.op == "output":
                 self.b.output([self.join(env[a]) for a in n.args[0]])
             else:
-                made = self.apply(n, [self._value(a, env) for a in n.args])
+                made = self.apply(n, list(mapped(n.args, env)))
                 env[n] = made
                 if isinstance(made, Node) and len(n.users) == 1:
                     self.private.add(made)
         return self.b.graph
-
-    def _value(self, a: Any, env: dict[Node, Value]) -> Any:
-        if isinstance(a, tuple | list):
-            return tuple(self._value(x, env) for x in a)
-        return env[a] if isinstance(a, Node) else a
 
     def join(self, v: Any) -> Any:
         """Always legal: parts become one node again."""
@@ -193,8 +190,6 @@ class Seams:
 def depth(node: Node, known: dict[Node, int]) -> int:
     """Heavy operators on the longest way from an input to this node; constants have depth -1."""
     if node not in known:
-        from mmopt.graph import HEAVY
-
         stack = [node]
         while stack:
             n = stack[-1]

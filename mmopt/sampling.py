@@ -64,7 +64,13 @@ class Completion:
 class Sampler:
     """Chooses a token id from logits ``[V]``. The same seed and logits give the same ids, whatever else runs beside."""
 
-    def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int | None = None):
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ):
         if not _is_number(temperature) or not 0 <= temperature < math.inf:
             raise EngineError(f"temperature is {temperature!r}, expected 0 (the likeliest token) or a positive number")
         if top_k is not None and (not _is_int(top_k) or top_k < 1):
@@ -147,10 +153,10 @@ class StopText:
 
 @dataclass
 class Answer:
-    """One sample while its tokens come in. `finish` is None until it ends; `piece` is the text its last token made certain.
+    """One sample while its tokens come in. `finish` is None until it ends; `piece` is the text of its last token.
 
-    limit: tokens at most. eos_ids: tokens that end it. text: decodes ids (None: there is no text, only ids). forced: fed
-    back instead of the tokens chosen. keep_logits: keep a copy of the logits of each step.
+    limit: tokens at most. eos_ids: tokens that end it. text: decodes ids (None: there is no text, only ids).
+    forced: fed back instead of the tokens chosen. keep_logits: keep a copy of the logits of each step.
     """
 
     request: Request

@@ -39,8 +39,8 @@ class EngineError(ValueError):
 def read_directory(directory: Path, verify_checksums: bool = False) -> dict[str, Any]:
     """Read program.json and check that the files it lists are there and whole.
 
-    Sizes and the checksums of the graphs are always checked, those of the weights with `verify_checksums` (they are read
-    once for it). Raises EngineError.
+    The size of the weights and the checksums of the graphs are always checked, the checksum of the weights only with
+    `verify_checksums`: it has to read them all. Raises EngineError.
     """
     if not directory.is_dir():
         raise EngineError(f"{directory}: no such directory")
@@ -76,8 +76,9 @@ def read_directory(directory: Path, verify_checksums: bool = False) -> dict[str,
 def _check_file(path: Path, size: int | None, digest: str | None) -> None:
     if not path.is_file():
         raise EngineError(f"{path}: listed in program.json, but not there; the directory is incomplete")
-    if size is not None and path.stat().st_size != size:
-        raise EngineError(f"{path}: has {path.stat().st_size} bytes, program.json says {size}; the file is truncated or foreign")
+    found_size = path.stat().st_size
+    if size is not None and found_size != size:
+        raise EngineError(f"{path}: has {found_size} bytes, program.json says {size}; the file is truncated or foreign")
     if digest is not None:
         with open(path, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()
@@ -92,7 +93,7 @@ def available_providers() -> list[str]:
 
 
 def choose_provider(provider: str | None, dtype: str) -> str:
-    """The provider to use; None takes "cuda" where there is one, else "cpu". Raises EngineError, saying what there is."""
+    """The provider to use; None takes "cuda" where there is one, else "cpu". EngineError says what there is."""
     available = available_providers()
     if provider is None:
         provider = "cuda" if "cuda" in available else "cpu"
@@ -105,8 +106,8 @@ def choose_provider(provider: str | None, dtype: str) -> str:
         )
     if provider == "cpu" and dtype == "bfloat16":
         raise EngineError(
-            "this engine computes in bfloat16, which ONNX Runtime cannot do on the CPU: export it with dtype float32, or "
-            f"use another provider (available: {', '.join(available)})"
+            "this engine computes in bfloat16, which ONNX Runtime cannot do on the CPU: export it with dtype float32, "
+            f"or use another provider (available: {', '.join(available)})"
         )
     return provider
 
@@ -140,9 +141,6 @@ class Tensor:
         start, stop, _ = rows.indices(self.shape[0])
         step = math.prod(self.shape[1:]) * np.dtype(DTYPES[self.dtype][0]).itemsize
         return Tensor((stop - start, *self.shape[1:]), self.dtype, self.pointer + start * step, self.device, self.owner)
-
-    def reshape(self, *shape: int) -> Tensor:
-        return Tensor(shape, self.dtype, self.pointer, self.device, self.owner)
 
     def write(self, array: Any) -> None:
         """Set the values of a tensor that is not a slice."""
@@ -181,16 +179,18 @@ class StageSession:
     def __init__(self, name: str, directory: Path, facts: dict[str, Any], provider: str, threads: int):
         self.name, self.inputs, self.outputs = name, facts["inputs"], facts["outputs"]
         self.device = "cpu" if provider == "cpu" else "cuda"
-        chosen = [p for p in PROVIDERS[provider] if p in ort.get_available_providers()][:1]
-        behind = [] if provider == "cpu" else [*(PROVIDERS["cuda"] if provider == "tensorrt" else ()), *PROVIDERS["cpu"]]
+        there = ort.get_available_providers()
+        chosen = next(p for p in PROVIDERS[provider] if p in there)
+        behind = () if provider == "cpu" else (*PROVIDERS["cuda"], *PROVIDERS["cpu"])
+        providers = [chosen, *(p for p in behind if p in there and p != chosen)]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(directory / facts["file"], options, providers=chosen + behind)
+            self.session = ort.InferenceSession(directory / facts["file"], options, providers=providers)
         except Exception as e:  # ONNX Runtime has many error types, none of them public
             raise EngineError(f"{directory / facts['file']}: ONNX Runtime cannot load stage {name}: {e}") from e
-        if chosen[0] not in self.session.get_providers():  # ONNX Runtime falls back silently
+        if chosen not in self.session.get_providers():  # ONNX Runtime falls back silently
             raise EngineError(
                 f"provider {provider!r} is installed but cannot start (a driver or a library is missing); "
                 f"stage {name} would run on {', '.join(self.session.get_providers())}"

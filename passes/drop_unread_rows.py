@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 from torch.fx import Graph, Node
 
-from mmopt.graph import SLICE, Builder, on_part, operand_dims, rebuild, shape_of, simplify
+from mmopt.graph import SLICE, Builder, mapped, on_part, operand_dims, rebuild, shape_of, simplify
 from mmopt.program import Program, Stage
 from mmopt.rewriting import Pass, Report
 
@@ -72,11 +72,7 @@ def readers(program: Program, stage: str, output: str) -> list[tuple[str, str]]:
 
 def keep_last(stage: Stage, output: str, dim: int, count: int) -> Stage:
     index = stage.outputs.index(output)
-
-    def visit(b: Builder, n: Node, args: tuple) -> None:
-        return None
-
-    graph = rebuild(stage.graph, visit)
+    graph = rebuild(stage.graph, lambda b, n, args: None)
     out = next(n for n in reversed(graph.nodes) if n.op == "output")
     values = list(out.args[0])
     x = values[index]
@@ -96,7 +92,7 @@ def accept_last(stage: Stage, value: str, dim: int, count: int) -> Stage:
     b = Builder()
     env: dict[Node, Any] = {}
     for n in stage.graph.nodes:
-        args = _mapped(n.args, env)
+        args = mapped(n.args, env)
         if n is wanted:
             shape = list(shape_of(n))
             shape[dim] = count
@@ -112,12 +108,6 @@ def accept_last(stage: Stage, value: str, dim: int, count: int) -> Stage:
         else:
             env[n] = b.copy(n, args)
     return stage.replaced(b.graph)
-
-
-def _mapped(args: Any, env: dict) -> Any:
-    if isinstance(args, tuple | list):
-        return tuple(_mapped(a, env) for a in args)
-    return env[args] if isinstance(args, Node) else args
 
 
 def demands(graph: Graph) -> dict[Node, Demand]:
@@ -180,7 +170,7 @@ def push_slices(graph: Graph, stage: str, report: Report) -> Graph:
                 lo, hi = simplify(lo + d[1]), simplify(lo + d[2])
             env[n] = env[x] if wanted[x] == (dim, lo, hi) else b.slice(env[x], dim, lo, hi)
         elif d is None:
-            env[n] = b.copy(n, _mapped(n.args, env))
+            env[n] = b.copy(n, mapped(n.args, env))
         else:
             rule = operand_dims(n, d[0]) or {}
             args = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, on_part, operand_dims, rebuild, shape_of
+from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, on_part, operand_dims, rebuild, shape_of
 from mmopt.program import Call, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
 
@@ -130,7 +130,7 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
             if n.op == "get_attr":
                 env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
             else:
-                env[n] = b.copy(n, _mapped(n.args, env))
+                env[n] = b.copy(n, mapped(n.args, env))
         b.output([env[n] for n in wanted.values()])
         names = [*inputs, *stop.values()]
         unused = [p for p in b.graph.nodes if p.op == "placeholder" and not p.users]
@@ -146,9 +146,3 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
     once = part({}, {v: n for n, v in values.items()})
     step = part(values, outputs)
     return once, step, list(values.values())
-
-
-def _mapped(args: Any, env: dict) -> Any:
-    if isinstance(args, tuple | list):
-        return tuple(_mapped(a, env) for a in args)
-    return env[args] if isinstance(args, Node) else args

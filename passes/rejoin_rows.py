@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import CAT, LINEAR, SLICE, Builder, Size, on_part, operand_dims, shape_of, simplify
+from mmopt.graph import CAT, LINEAR, SLICE, Builder, Size, mapped, on_part, operand_dims, shape_of, simplify
 from mmopt.rewriting import Pass, Report
 from mmopt.rows import depth
 
@@ -111,7 +111,7 @@ class Rejoin:
         dim = group[0].meta["source"][1]
         args = list(group[0].args)
         args[0] = self.cat([self.env[n.args[0]] for n in group], dim)
-        args[1:] = [self._plain(self._value(a)) for a in args[1:]]
+        args[1:] = [self._plain(mapped(a, self.env)) for a in args[1:]]
         shape = list(shape_of(group[0]))
         shape[dim] = sum(shape_of(n)[dim] for n in group)
         whole = self.b.emit(LINEAR, tuple(args), shape, group[0].meta["dtype"])
@@ -124,7 +124,7 @@ class Rejoin:
 
     def copy(self, n: Node) -> Any:
         """Row-wise work on a piece, where it was split only because its operand was, is done on the whole."""
-        args = [self._value(a) for a in n.args]
+        args = list(mapped(n.args, self.env))
         pieces = [a for a in args if isinstance(a, Piece)]
         if n.target is CAT:
             return self.cat(list(args[0]), args[1])
@@ -168,8 +168,3 @@ class Rejoin:
         if isinstance(a, tuple):
             return tuple(self._plain(x) for x in a)
         return self.node(a) if isinstance(a, Piece) else a
-
-    def _value(self, a: Any) -> Any:
-        if isinstance(a, tuple | list):
-            return tuple(self._value(x) for x in a)
-        return self.env[a] if isinstance(a, Node) else a

@@ -10,7 +10,6 @@ selection between two branches by row (`where` on a mask that the sizes determin
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -48,11 +47,9 @@ FUNCTIONS: dict[Any, Callable] = {
     RESHAPE: torch.reshape, PERMUTE: torch.permute, EXPAND: Tensor.expand, ROTARY: ops.rotary, ATTENTION: ops.attention,
     aten.silu.default: F.silu,
 }  # fmt: skip
-BY_ROW = (LINEAR, RMS_NORM, LAYER_NORM)
 
 
-@functools.cache
-def routed(branch: Callable) -> Callable[[Tensor, Tensor, tuple, tuple], Tensor]:
+def _routed(branch: Callable) -> Callable[[Tensor, Tensor, tuple, tuple], Tensor]:
     """Rows of x ``[B, S, D]`` through ``branch(x, *first)`` where is_first, else through ``branch(x, *second)``."""
 
     def run(is_first: Tensor, x: Tensor, first: tuple, second: tuple) -> Tensor:
@@ -66,8 +63,12 @@ def routed(branch: Callable) -> Callable[[Tensor, Tensor, tuple, tuple], Tensor]
         assert out is not None
         return out
 
-    run.__name__ = f"routed_{branch.__name__}"
+    run.__name__ = run.__qualname__ = f"routed_{branch.__name__}"  # where generated code finds it
     return run
+
+
+routed_linear, routed_rms_norm, routed_layer_norm = map(_routed, (F.linear, F.rms_norm, F.layer_norm))
+ROUTED = {LINEAR: routed_linear, RMS_NORM: routed_rms_norm, LAYER_NORM: routed_layer_norm}
 
 
 def attention_in_place(
@@ -89,25 +90,42 @@ def attention_in_place(
     return out.transpose(1, 2).reshape(batch, rows, -1)
 
 
+class Shared:
+    """What the modules of one model share: constants computed once, and each tensor once on the device."""
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.constants: dict[Node, Tensor] = {}
+        self._placed: dict[int, tuple[Tensor, nn.Parameter]] = {}  # the tensor is kept too: its id must stay its own
+
+    def parameter(self, x: Tensor) -> nn.Parameter:
+        if id(x) not in self._placed:
+            self._placed[id(x)] = (x, nn.Parameter(x.to(self.device), requires_grad=False))
+        return self._placed[id(x)][1]
+
+
 class _Writer:
     """Writes one stage as a module. `env` holds the torch value of what is known beforehand, a node for the rest."""
 
-    def __init__(self, stage: Stage, weights: dict[str, Tensor], sizes: dict[str, int], past: int, leading: int):
+    def __init__(
+        self, stage: Stage, weights: dict[str, Tensor], sizes: dict[str, int], past: int, leading: int, shared: Shared
+    ):  # fmt: skip
         free = {d for n in stage.placeholders() for d in shape_of(n) if isinstance(d, sympy.Symbol)}
         missing = sorted(s.name for s in free if s.name not in sizes)
         if missing:
             raise ValueError(f"no number is given for the sizes {', '.join(missing)} of the stage")
-        self.stage, self.weights, self.past, self.leading = stage, weights, past, leading
+        self.stage, self.weights, self.past, self.leading, self.shared = stage, weights, past, leading, shared
         self.sizes = {s: sizes[s.name] for s in free}
         self.graph, self.root = Graph(), nn.Module()
         self.env: dict[Node, Any] = {}
         self.stored: dict[int, Node] = {}
 
-    def write(self, routing: str, last_only: bool, kept: dict[Node, Tensor]) -> GraphModule:
+    def write(self, routing: str, last_only: bool) -> GraphModule:
+        kept = self.shared.constants
         made = [name for name in self.stage.outputs if name not in self.stage.inputs]
         outputs = self.stage.output_nodes()
         heads = {outputs[n] for n in made if last_only and outputs[n].target is LINEAR}
-        skipped = self.branches() if routing in ROUTINGS else set()
+        skipped = self.branches()
         for n in self.stage.graph.nodes:
             if n.op == "placeholder":
                 self.env[n] = self.graph.placeholder(str(n.target))
@@ -132,7 +150,7 @@ class _Writer:
         for n in self.stage.graph.nodes:
             if n.target is WHERE and all(isinstance(a, Node) for a in n.args):
                 _, a, b = n.args
-                alike = a.target is b.target and a.target in BY_ROW and a.args[0] is b.args[0]
+                alike = a.target is b.target and a.target in ROUTED and a.args[0] is b.args[0]
                 if alike and len(a.users) == len(b.users) == 1:
                     found |= {a, b}
         return found
@@ -144,7 +162,7 @@ class _Writer:
         if isinstance(a, Tensor):
             if id(a) not in self.stored:
                 name = f"constant_{len(self.stored)}"
-                self.root.register_parameter(name, nn.Parameter(a, requires_grad=False))
+                self.root.register_parameter(name, self.shared.parameter(a))
                 self.stored[id(a)] = self.graph.get_attr(name)
             return self.stored[id(a)]
         if isinstance(a, tuple | list):
@@ -196,10 +214,11 @@ class _Writer:
 
     def select(self, n: Node, routing: str) -> Node:
         mask, first, second = n.args
-        f, x = FUNCTIONS[first.target], first.args[0]  # type: ignore[union-attr]
+        x = first.args[0]  # type: ignore[union-attr]
         branches = {True: first.args[1:], False: second.args[1:]}  # type: ignore[union-attr]
         if routing == "routed":
-            return self.call(routed(f), mask, x, branches[True], branches[False])
+            return self.call(ROUTED[first.target], mask, x, branches[True], branches[False])
+        f = FUNCTIONS[first.target]  # type: ignore[union-attr]
         chosen = self.env[mask].flatten().tolist()  # type: ignore[index]
         seams = [i for i in range(1, len(chosen)) if chosen[i] != chosen[i - 1]]
         if not seams:
@@ -211,14 +230,14 @@ class _Writer:
 
 def torch_stage(
     stage: Stage, weights: dict[str, Tensor], sizes: dict[str, int], past: int = 0, leading: int = 0,
-    routing: str = "known", last_only: bool = False, kept: dict[Node, Tensor] | None = None,
+    routing: str = "known", last_only: bool = False, shared: Shared | None = None,
 ) -> GraphModule:  # fmt: skip
     """A stage as a module for numbers of rows given by `sizes` on top of `past` rows in the caches.
 
     It takes the stage's inputs in order, writes the caches in place and returns the outputs that are not inputs too.
     `leading` rows of text stand before the visual rows; `last_only` takes the last row alone through a final
-    projection. `kept` holds constants that several modules of one stage share. ValueError names sizes without a number.
+    projection. Modules made with the same `shared` hold each tensor once. ValueError names sizes without a number.
     """
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}, expected one of {', '.join(ROUTINGS)}")
-    return _Writer(stage, weights, sizes, past, leading).write(routing, last_only, {} if kept is None else kept)
+    return _Writer(stage, weights, sizes, past, leading, shared or Shared()).write(routing, last_only)

@@ -83,7 +83,7 @@ class FoldConstants(Pass):
             plain = b.emit(LAYER_NORM, (x, size, None, None, eps), shape_of(norm), norm.meta["dtype"])
             w, bias = args[1], (*args, None)[2]
             scaled = b.emit(MUL, (w, gain), shape_of(w), w.meta["dtype"])
-            added_up = [t for t in (constant, shift) if t is not None]
+            added_up: list[Any] = [t for t in (constant, shift) if t is not None]
             total = added_up[0] if added_up else None
             if len(added_up) == 2:
                 total = b.emit(ADD, tuple(added_up), shape_of(added_up[0]), added_up[0].meta["dtype"])

@@ -1,0 +1,95 @@
+"""Answers in pieces, and conversations that keep what the model has read."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmopt.decoding import Cache, Job
+from mmopt.planning import count_rows
+from mmopt.sampling import Answer, Completion, Request
+from mmopt.session import EngineError, Tensor
+
+if TYPE_CHECKING:
+    from mmopt.engine import Engine
+
+
+class Stream:
+    """Pieces of an answer as they come; joined they are its text. `close` cancels, also from another thread."""
+
+    def __init__(self, pieces: Generator[str], answer: Answer):
+        self._pieces, self._answer = pieces, answer
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._answer.cancel()
+        with contextlib.suppress(ValueError):  # another thread is in it: it ends after the token it is at
+            self._pieces.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The answer, as far as it has come."""
+        return self._answer.completion()
+
+    def finish(self) -> Completion:
+        """Run to the end."""
+        for _ in self:
+            pass
+        return self.completion
+
+
+class Chat:
+    """A conversation with an engine; `messages` is what was said. One turn at a time."""
+
+    def __init__(self, engine: Engine):
+        self.messages: list[dict] = []
+        self._engine = engine
+        self._cache: Cache | None = None
+        self._fed: list[int] = []  # the ids whose rows the cache holds
+        self._images: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def send(self, text: str, images: Sequence[Any] = (), stream: bool = False, **options: Any) -> Completion | Stream:
+        """Say something and get the answer, as `Engine.generate`. A turn that fails leaves the conversation as it was;
+        of one that is cancelled the part that was answered stays."""
+        content = self._engine.with_markers(text, images)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        job = self._engine.prepare(Request(messages, images, **options), self._images)
+        answering = Stream(self._turn(self.messages, messages, job), job.answer)
+        return answering if stream else answering.finish()
+
+    def _turn(self, before: list[dict], messages: list[dict], job: Job) -> Generator[str]:
+        if not self._lock.acquire(blocking=False):
+            raise EngineError("this chat is still answering; a chat takes one turn at a time")
+        try:
+            if self.messages is not before:
+                raise EngineError("another turn of this chat was answered since this one was asked")
+            decoder, ids, answer = self._engine.decoder, job.ids, job.answer
+            self._cache = self._cache or Cache(decoder, 1)
+            kept = _common(self._fed, ids[:-1])  # at least one row must be fed, to get logits
+            used = ids[:kept].count(self._engine.info["image_id"])
+            self._fed = ids[:kept]
+            self._cache.past[0] = count_rows(self._fed, self._engine.info)
+            try:
+                for _ in decoder.run(self._cache, [Job(answer, ids[kept:], job.images[used:])]):
+                    if answer.piece:
+                        yield answer.piece
+            finally:
+                if answer.ids:
+                    self._fed = ids + answer.ids[:-1]  # the last token was not fed
+                    said = {"role": "assistant", "content": answer.completion().text.strip()}
+                    self.messages, self._images = [*messages, said], job.images
+        finally:
+            self._lock.release()
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids a and b have in common at the start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

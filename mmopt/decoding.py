@@ -1,0 +1,196 @@
+"""Runs the stages of an engine directory: images to rows, prompts into caches, one token after the other.
+
+Prompts of a batch are prefilled one after the other, each through its own row ("lane") of the caches, so no sample is
+padded and any mix of layouts is right; then all decode together, each at its own length. Caches are bound once as input
+and output of the language model and written in place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmopt.planning import plan
+from mmopt.sampling import Answer
+from mmopt.session import Bound, EngineError, StageSession, Tensor, from_bits
+
+POOLED = 2  # caches kept for the next calls
+
+
+@dataclass
+class Job:
+    """One sample on its way: ids still to be fed, rows of their images (``[1, rows, hidden]`` each) and the answer."""
+
+    answer: Answer
+    ids: list[int]
+    images: list[Tensor]
+
+
+class Cache:
+    """Key and value caches of a batch. `past[lane]` rows of a lane are filled; lowering it forgets those after it."""
+
+    def __init__(self, decoder: Decoder, batch: int):
+        model = decoder.language
+        self.batch, self._decoder = batch, decoder
+        self.past = np.zeros(batch, np.int64)
+        self.tensors = {
+            k: Tensor.zeros((batch, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
+            for k in model.inputs
+            if k in model.outputs and k != "past"
+        }
+        self._steps: dict[int, DecodeStep] = {}
+
+    def step(self, lanes: int) -> DecodeStep:
+        if lanes not in self._steps:
+            self._steps[lanes] = DecodeStep(self._decoder, self, lanes)
+        return self._steps[lanes]
+
+
+class DecodeStep:
+    """The sessions bound for one new token in each of the first lanes of a cache."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, lanes: int):
+        embed, model = decoder.embed, decoder.language
+        self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
+        self._past = Tensor.zeros((lanes,), "int64", model.device)
+        text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
+        no_visual = Tensor.zeros((lanes, 0, decoder.width), decoder.dtype, model.device)
+        self._logits = Tensor.zeros((lanes, 1, decoder.info["vocab_size"]), decoder.dtype)
+        self._embed = embed.bind({"ids": self._ids}, {"text": text})
+        self._model = decoder.bind_language(no_visual, text, self._past, cache, slice(0, lanes), self._logits)
+
+    def run(self, ids: Sequence[int], past: np.ndarray) -> np.ndarray:
+        self._ids.write(np.array(ids, np.int64)[:, None])
+        self._past.write(past)
+        self._embed.run()
+        self._model.run()
+        return from_bits(self._logits.owner, self._logits.dtype)[:, 0].astype(np.float32, copy=False)
+
+
+class Decoder:
+    """The sessions of an engine directory; `facts` is its program.json. Safe to use from several threads."""
+
+    def __init__(self, directory: Path, facts: dict[str, Any], provider: str, threads: int):
+        self.info, self.dtype = facts["info"], facts["dtype"]
+        self.width = self.info["hidden_size"]
+        loops = [i["loop"] for i in facts["schedule"] if i.get("over") == "chunks"]
+        if len(loops) != 1 or len(loops[0]) != 2:
+            raise EngineError(f"{directory}: its schedule has no loop over chunks of a text stage and a language model")
+        table, model = (c["call"] for c in loops[0])
+        self.stages = {  # looking up rows of a table needs no threads, and its own would spin beside the model's
+            name: StageSession(name, directory, stage, provider, 1 if name == table else threads)
+            for name, stage in facts["stages"].items()
+        }
+        self.embed, self.language = self.stages[table], self.stages[model]
+        self._encode_calls = [i for i in facts["schedule"] if "call" in i]
+        self._pool: list[Cache] = []
+        self._pool_lock = threading.Lock()
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time."""
+        rows = Tensor.zeros((len(pixels), self.info["rows_per_image"], self.width), self.dtype, self.language.device)
+        for i in range(len(pixels)):
+            values = {"pixel_values": Tensor.of(pixels[i : i + 1], self.dtype)}
+            for call in self._encode_calls:
+                stage, rename = self.stages[call["call"]], call["rename"]
+                given = {k: values[rename.get(k, k)] for k in stage.inputs}
+                for k, out in stage.outputs.items():
+                    name = rename.get(k, k)
+                    if name == "image_rows":
+                        values[name] = rows[i : i + 1]
+                    else:
+                        values[name] = Tensor.zeros(stage.output_shape(k, given), out["dtype"], stage.device)
+                stage.bind(given, {k: values[rename.get(k, k)] for k in stage.outputs}, release=True).run()
+        return rows
+
+    def prefill(self, cache: Cache, lane: int, ids: Sequence[int], images: Sequence[Tensor] = ()) -> np.ndarray:
+        """Feed ids and the rows of their images on top of what the lane holds; returns the last row's logits ``[V]``."""
+        for chunk in plan([ids], self.info, 1):
+            text = Tensor.zeros((1, len(chunk.ids), self.width), self.dtype, self.embed.device)
+            self.embed.bind({"ids": Tensor.of(np.array([chunk.ids]), "int64")}, {"text": text}).run()
+            visual = Tensor.zeros((1, 0, self.width), self.dtype, self.language.device)
+            if chunk.images:
+                visual = _one_after_the_other([images[i] for i in chunk.images])
+            rows = visual.shape[1] + text.shape[1]
+            out_rows = 1 if self.language.outputs["logits"]["shape"][1] == 1 else rows
+            logits = Tensor.zeros((1, out_rows, self.info["vocab_size"]), self.dtype)
+            past = Tensor.of(cache.past[lane : lane + 1], "int64")
+            self.bind_language(visual, text, past, cache, slice(lane, lane + 1), logits, release=True).run()
+            cache.past[lane] += rows
+        return logits.numpy()[0, -1].astype(np.float32, copy=False)
+
+    def decode(self, cache: Cache, ids: Sequence[int], active: Sequence[bool]) -> np.ndarray:
+        """Feed one id to each of the first ``len(ids)`` lanes; returns logits ``[lanes, V]``, good until the next step.
+
+        A lane that is not active is computed too, but its length stays: what it writes is past its last row.
+        """
+        logits = cache.step(len(ids)).run(ids, cache.past[: len(ids)])
+        cache.past[: len(ids)] += np.asarray(active)
+        return logits
+
+    def run(self, cache: Cache, jobs: Sequence[Job]) -> Iterator[None]:
+        """Prefill each job in its lane, then decode together; stops after each token, until all answers are finished.
+
+        Jobs must come in descending order of their limits: then those that may have filled their lane to the last slot
+        are at the end, where a step can leave them out.
+        """
+        for lane, job in enumerate(jobs):
+            job.answer.take(self.prefill(cache, lane, job.ids, job.images))
+        yield
+        while unfinished := [lane for lane, j in enumerate(jobs) if j.answer.finish is None]:
+            live = jobs[: unfinished[-1] + 1]
+            logits = self.decode(cache, [j.answer.fed for j in live], [j.answer.finish is None for j in live])
+            for lane in unfinished:
+                live[lane].answer.take(logits[lane])
+            yield
+
+    def bind_language(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        past: Tensor,
+        cache: Cache,
+        lanes: slice,
+        logits: Tensor,
+        release: bool = False,
+    ) -> Bound:
+        """The language model on some lanes of a cache: the same memory as input and output."""
+        kept = {k: t[lanes] for k, t in cache.tensors.items()}
+        inputs = {"visual": visual, "text": text, "past": past} | kept
+        outputs = {"logits": logits, "past": Tensor.zeros(past.shape, "int64", past.device)} | kept
+        return self.language.bind(inputs, outputs, release)
+
+    @contextmanager
+    def cache(self, batch: int) -> Iterator[Cache]:
+        """Empty caches for `batch` samples; later calls use them again."""
+        with self._pool_lock:
+            cache = next((c for c in self._pool if c.batch == batch), None)
+            if cache is not None:
+                self._pool.remove(cache)
+        cache = cache or Cache(self, batch)
+        cache.past[:] = 0
+        broken = False
+        try:
+            yield cache
+        except Exception:
+            broken = True  # the caches may hold values that are not finite
+            raise
+        finally:
+            with self._pool_lock:
+                if not broken and len(self._pool) < POOLED:
+                    self._pool.append(cache)
+
+
+def _one_after_the_other(images: Sequence[Tensor]) -> Tensor:
+    """Tensors ``[1, rows, hidden]`` that lie one after the other in memory, as ``[1, all rows, hidden]``; no copy."""
+    first = images[0]
+    step = images[1].pointer - first.pointer if len(images) > 1 else 0
+    if any(t.owner is not first.owner or t.pointer != first.pointer + i * step for i, t in enumerate(images)):
+        raise AssertionError("images that follow each other in a prompt are encoded together")
+    return Tensor((1, len(images) * first.shape[1], first.shape[2]), first.dtype, first.pointer, first.device, first.owner)

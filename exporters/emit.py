@@ -23,6 +23,7 @@ from mmopt.program import Stage
 from mmopt.text import op_name
 
 OPSET, IR_VERSION = 23, 11
+NEWER = {"TensorScatter": (24, 12)}  # operators that need a newer opset and IR version
 CONTRIB = "com.microsoft"
 
 ONNX_TYPE = {
@@ -175,10 +176,11 @@ class Emitter:
             [t for name, t in self.initializers.items() if name in used],
         )
         graph.initializer.extend(self.weights.reference(name) for name in self.weights.names() if name in used)
-        opsets = [helper.make_opsetid("", OPSET)]
+        opset, ir_version = max([(OPSET, IR_VERSION), *(NEWER[n.op_type] for n in needed if n.op_type in NEWER)])
+        opsets = [helper.make_opsetid("", opset)]
         if any(n.domain == CONTRIB for n in needed):
             opsets.append(helper.make_opsetid(CONTRIB, 1))
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mmopt")
+        return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="mmopt")
 
     def _name_outputs(self) -> list[str]:
         """Give the values that are outputs their names."""

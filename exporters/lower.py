@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mmopt.exporters.emit import ONNX_TYPE, Emitter, Rule
+from mmopt.exporters.emit import Emitter, Rule
 from mmopt.graph import (
-    ADD, ARANGE, CAT, CONV2D, EMBEDDING, EXPAND, FULL, LAYER_NORM, MUL, PERMUTE, RESHAPE, SLICE, WHERE, aten, shape_of,
+    ADD, ARANGE, CAT, CONV2D, EMBEDDING, EXPAND, FULL, LAYER_NORM, MUL, PERMUTE, RESHAPE, RMS_NORM, ROTARY, SLICE,
+    WHERE, aten, shape_of,
 )  # fmt: skip
 
 
@@ -30,10 +31,6 @@ def common_dtype(e: Emitter, n: Node) -> torch.dtype:
     """The dtype in which two operands are compared: the wider one; a number takes that of the tensor."""
     kinds = [e.dtype(a) for a in n.args[:2] if isinstance(a, Node)]
     return torch.promote_types(kinds[0], kinds[-1])
-
-
-def scalar_of(e: Emitter, x: Any) -> str:
-    return e.scalar(x)
 
 
 def silu(e: Emitter, n: Node) -> str:
@@ -95,19 +92,43 @@ def gain_of(e: Emitter, n: Node, gain: Any) -> str:
     return e.constant(torch.ones([int(s) for s in n.args[1]], dtype=e.dtype(n)))  # type: ignore[union-attr]
 
 
-def rms_norm_args(n: Node) -> tuple[Any, Any, float]:
-    """Rows, gain or None, eps."""
-    x, _, gain, eps = (*n.args, *(None, None)[len(n.args) - 2 :])
-    return x, gain, torch.finfo(n.meta["dtype"]).eps if eps is None else float(eps)  # type: ignore[arg-type]
+def rms_norm(e: Emitter, n: Node) -> str:
+    x, size, gain, eps = (*n.args, *(None, None)[len(n.args) - 2 :])
+    eps = torch.finfo(n.meta["dtype"]).eps if eps is None else float(eps)  # type: ignore[arg-type]
+    return e.op("RMSNormalization", e.value(x), gain_of(e, n, gain), axis=-len(size), epsilon=eps)  # type: ignore[arg-type]
 
 
-def attention_args(n: Node) -> tuple[Any, Any, Any, int, int, Any, bool, float | None]:
+def rotary(e: Emitter, n: Node) -> str:
+    x, cos, sin, heads = n.args
+    return e.op("RotaryEmbedding", e.value(x), e.operand(cos, e.dtype(n)), e.operand(sin, e.dtype(n)), num_heads=heads)
+
+
+def attention_args(n: Node) -> tuple[Node, Node, Node, int, int, Node | None, bool, float]:
     """q, k, v, heads, kv_heads, key_mask, causal, scale."""
-    return (*n.args, *(None, False, None)[len(n.args) - 5 :])  # type: ignore[return-value]
+    q, k, v, heads, kv_heads, key_mask, causal, scale = (*n.args, *(None, False, None)[len(n.args) - 5 :])
+    return q, k, v, heads, kv_heads, key_mask, causal, _scale(q, heads, scale)  # type: ignore[return-value]
 
 
-def scale_of(n: Node, q: Node, heads: int, scale: float | None) -> float:
+def cached_attention_args(n: Node) -> tuple[Node, Node, Node, Node, Node, Node, int, int, float]:
+    """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale."""
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = (*n.args, None)[:9]
+    return q, k, v, key_cache, value_cache, past, heads, kv_heads, _scale(q, heads, scale)  # type: ignore[return-value]
+
+
+def _scale(q: Any, heads: Any, scale: Any) -> float:
     return float(scale) if scale is not None else (int(shape_of(q)[-1]) // heads) ** -0.5
+
+
+def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: bool) -> str | None:
+    """The mask of attention without a cache, [1 or B, 1, rows or 1, keys], True where a key is seen."""
+    mask = None if key_mask is None else e.op("Unsqueeze", e.value(key_mask), e.ints([1, 2]))
+    if causal:  # aligned lower right: query i sees key j when j <= i + keys - rows
+        rows, keys = shape_of(q)[1], shape_of(k)[1]
+        last = e.op("Range", e.scalar(keys - rows), e.scalar(keys), e.scalar(1))
+        seen = e.op("Range", e.scalar(0), e.scalar(keys), e.scalar(1))
+        lower = e.op("LessOrEqual", seen, e.op("Reshape", last, e.ints([1, 1, -1, 1])))
+        mask = lower if mask is None else e.op("And", mask, lower)
+    return mask
 
 
 PLAIN: dict[Any, Rule] = {
@@ -123,6 +144,8 @@ PLAIN: dict[Any, Rule] = {
     EMBEDDING: lambda e, n: e.op("Gather", e.value(n.args[0]), e.value(n.args[1])),
     CONV2D: conv2d,
     LAYER_NORM: layer_norm,
+    RMS_NORM: rms_norm,
+    ROTARY: rotary,
     aten.to.dtype: to,
     aten.argmax.default: argmax,
     aten.silu.default: silu,
@@ -146,4 +169,3 @@ for _name, _kind in {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Gr
     PLAIN |= {getattr(getattr(aten, _name), o): binary(_kind, compares=True) for o in ("Tensor", "Scalar")}
 for _name, _kind in {"logical_and": "And", "logical_or": "Or", "bitwise_and": "And", "bitwise_or": "Or"}.items():
     PLAIN[getattr(aten, _name).Tensor if "bitwise" in _name else getattr(aten, _name).default] = binary(_kind)
-assert ONNX_TYPE

@@ -67,7 +67,7 @@ def _routed(branch: Callable) -> Callable[[Tensor, Tensor, tuple, tuple], Tensor
     return run
 
 
-routed_linear, routed_rms_norm, routed_layer_norm = map(_routed, (F.linear, F.rms_norm, F.layer_norm))
+routed_linear, routed_rms_norm, routed_layer_norm = _routed(F.linear), _routed(F.rms_norm), _routed(F.layer_norm)
 ROUTED = {LINEAR: routed_linear, RMS_NORM: routed_rms_norm, LAYER_NORM: routed_layer_norm}
 
 

@@ -105,7 +105,7 @@ class Builder:
                 return self.emit(FULL, (shape, args[0].args[1]), shape, dtype, source)
             if op is RESHAPE and args[0].target is RESHAPE:
                 return self.emit(op, (args[0].args[0], *args[1:]), shape, dtype, source)
-        if op is SLICE:
+        if op is SLICE and len(args) == 4:
             lo, hi = simplify(args[2]), simplify(args[3])
             if lo == 0 and hi == shape_of(args[0])[args[1]]:
                 return args[0]
@@ -143,7 +143,7 @@ class Builder:
                 start = simplify(start + shape_of(p)[dim])
                 if start == hi and parts:
                     return self.cat(parts, dim)
-        if x.target is SLICE and x.args[1] == dim:
+        if x.target is SLICE and x.args[1] == dim and len(x.args) == 4:
             return self.slice(x.args[0], dim, simplify(x.args[2] + lo), simplify(x.args[2] + hi))
         return self.emit(SLICE, (x, dim, lo, hi), s, x.meta["dtype"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import sympy
@@ -31,8 +32,14 @@ NO_EFFECT = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_f
 class Lift:
     """Walks one exported graph. `inputs` are the wanted (name, shape) of its user inputs, with named symbols."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, inputs: list[tuple[str, tuple]], root: str):
-        self.exported, self.inputs, self.root = exported, inputs, root
+    def __init__(
+        self,
+        exported: torch.export.ExportedProgram,
+        inputs: list[tuple[str, tuple]],
+        root: str,
+        taken: dict[str, torch.Tensor],
+    ):
+        self.exported, self.inputs, self.root, self.taken = exported, inputs, root, taken
         self.b = Builder()
         self.env: dict[Node, Any] = {}
         self.renamed: dict[Any, Any] = {}
@@ -70,20 +77,28 @@ class Lift:
                 self.env[n] = self.call(n)
         return self.b.graph
 
-    def weight(self, name: str, val: torch.Tensor) -> Node:
-        name = name.removeprefix(self.root)
-        constant = self.exported.constants.get(self.root + name, self.exported.constants.get(name))
-        if constant is None and self.root + name in self.exported.state_dict:
-            constant = self.exported.state_dict[self.root + name]
-        if constant is not None:
-            self.constants[name] = constant.detach()
+    def weight(self, full_name: str, val: torch.Tensor) -> Node:
+        """Parameters keep their names; a constant of the code gets one that no other stage uses for another value."""
+        stored = {**self.exported.state_dict, **self.exported.constants}[full_name].detach()
+        name = full_name.removeprefix(self.root)
+        while name in self.taken and full_name not in self.exported.state_dict:
+            old = self.taken[name]
+            if old.dtype == stored.dtype and torch.equal(old, stored):
+                break
+            name += "_"
+        self.constants[name] = stored
         return self.b.weight(name, val.shape, val.dtype)
 
     def size(self, value: Any) -> Any:
         """A number, or the expression of a symbolic size in our symbols."""
         if isinstance(value, torch.SymInt):
             value = value.node.expr
-        return simplify(value.xreplace(self.renamed)) if isinstance(value, sympy.Expr) else value
+        if not isinstance(value, sympy.Expr):
+            return value
+        size = simplify(value.xreplace(self.renamed))
+        if isinstance(size, sympy.Expr) and size.free_symbols - set(self.renamed.values()):
+            raise ValueError(f"size {size} depends on data: only sizes of inputs may stand in a graph")
+        return size
 
     def shape(self, n: Node) -> tuple:
         return tuple(self.size(s) for s in n.meta["val"].shape)
@@ -98,8 +113,10 @@ class Lift:
 
     def call(self, n: Node) -> Any:
         val = n.meta.get("val")
-        if isinstance(val, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
-            return self.size(val) if not isinstance(val, torch.SymBool | torch.SymFloat) else val
+        if isinstance(val, torch.SymFloat | torch.SymBool):
+            raise ValueError(f"{n.name}: a size is used as a real number or a condition, only whole sizes can stay free")
+        if isinstance(val, int | float | bool | torch.SymInt):
+            return self.size(val)
         if n.target is operator.getitem:
             made = self.value(n.args[0])
             if isinstance(made, tuple | list):
@@ -111,6 +128,8 @@ class Lift:
         bound = self.bind(n)
         if name in NO_EFFECT:
             return None
+        if (n.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in n.target.tags) and name not in IDENTITY:
+            raise ValueError(f"{n.name}: {n.target} writes in place or draws at random, which a graph cannot hold")
         rule = getattr(self, f"op_{name}", None)
         if rule is not None:
             return rule(n, bound)
@@ -186,11 +205,12 @@ class Lift:
 
     def op_slice(self, n: Node, a: dict) -> Node:
         x, dim, step = a["self"], a["dim"] % len(shape_of(a["self"])), a["step"]
-        if step != 1:
-            return self.b.emit(SLICE, (x, dim, a["start"], a["end"], step), self.shape(n), n.meta["val"].dtype)
         size, lo = shape_of(x)[dim], a["start"] or 0
         if isinstance(lo, int) and lo < 0:
             lo = lo + size
+        if step != 1:
+            end = size if a["end"] is None or simplify(a["end"]) == sys.maxsize else a["end"]
+            return self.b.emit(SLICE, (x, dim, lo, end, step), self.shape(n), n.meta["val"].dtype)
         return self.b.slice(x, dim, simplify(lo), simplify(lo + self.shape(n)[dim]))
 
     def op_narrow(self, n: Node, a: dict) -> Node:
@@ -227,8 +247,7 @@ class Lift:
         (batch, heads, rows, d), kv_heads, keys = shape_of(q), shape_of(k)[1], shape_of(k)[2]
         causal = bool(a["is_causal"])
         if a["attn_mask"] is not None or (causal and rows != keys):
-            args = tuple(x for name, x in a.items() if name != "enable_gqa")
-            return self.b.emit(n.target, args, self.shape(n), n.meta["val"].dtype)  # stays as traced
+            return self.b.emit(n.target, tuple(a.values()), self.shape(n), n.meta["val"].dtype)  # stays as traced
 
         def flat(x: Node, heads: Any) -> Node:
             s = shape_of(x)

@@ -115,7 +115,9 @@ def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int]) -> A
         return args[0][args[1]]
     if n.target in (FULL, ARANGE):
         return n.target(*args, dtype=n.meta["dtype"])
-    return n.target(*args)
+    schema = n.target._schema.arguments  # keyword-only arguments stand in their place among the positional ones
+    named = {a.name: v for a, v in zip(schema, args, strict=False) if a.kwarg_only}
+    return n.target(*args[: len(args) - len(named)], **named)
 
 
 @dataclass

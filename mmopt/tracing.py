@@ -120,7 +120,7 @@ def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:
     varargs = not isinstance(spec.module, nn.Module) or spec.module.forward.__code__.co_flags & 0x04
     dynamic = (tuple(shapes),) if varargs else tuple(shapes)
     exported = torch.export.export(spec.module, tuple(args), dynamic_shapes=dynamic, strict=False)
-    lift = Lift(exported, named, root="root.")
+    lift = Lift(exported, named, root="root.", taken=weights)
     graph = lift.run()
     weights.update(lift.constants)
     out = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]

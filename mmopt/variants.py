@@ -1,0 +1,181 @@
+"""What a benchmark times: the same stages on the same inputs, in torch or in an engine. Torch is imported where used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmopt.baselines import Shared
+    from mmopt.engine import Engine
+    from mmopt.program import Program
+
+STAGES = ("encode", "prefill", "decode")
+LEADING = 8  # rows of text before the image
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One image, a prompt that fills half of the caches (`leading` ids stand before the image), one further token."""
+
+    pixels: np.ndarray
+    ids: list[int]
+    leading: int
+    image_rows: int
+    token: int
+
+    @classmethod
+    def draw(cls, info: dict[str, Any], image: tuple[int, ...], seed: int = 0) -> Inputs:
+        """Random ones for an image of shape ``(channels, height, width)``. ValueError if the context is too small."""
+        filled, image_rows = info["context"] // 2, info["rows_per_image"]
+        text = filled - image_rows
+        if text < 2:
+            least = 2 * (image_rows + 2)
+            raise ValueError(f"context is {info['context']}, expected at least {least}: half of it, one image and text")
+        random = np.random.default_rng(seed)
+        ids = random.integers(3, info["vocab_size"], text + 1).tolist()
+        pixels = random.standard_normal((1, *image), np.float32)
+        return cls(pixels, ids[:-1], min(LEADING, text - 1), image_rows, ids[-1])
+
+    @property
+    def filled(self) -> int:
+        """Rows of the prompt; as many lie in the caches at decode."""
+        return len(self.ids) + self.image_rows
+
+    def prompt(self, image_id: int) -> list[int]:
+        return [*self.ids[: self.leading], image_id, *self.ids[self.leading :]]
+
+
+# --------------------------------------------------------------------------------------------------------- in torch
+@dataclass
+class Step:
+    """A module, and where its inputs come from: a tensor, or the name of a value that an earlier step made."""
+
+    stage: str
+    module: Callable
+    inputs: list[Any]
+    outputs: list[str]
+    heavy: bool
+
+
+class TorchStages:
+    """A Program's stages as torch modules for given inputs.
+
+    `routing` is None for an optimized Program, which is fed chunk by chunk as its schedule says; a Program before the
+    passes is a baseline: the prompt in one call, its branches run as `routing` says (see `mmopt.baselines`).
+    """
+
+    def __init__(self, program: Program, inputs: Inputs, routing: str | None, shared: Shared):
+        import torch
+
+        self.device, dtype = shared.device, program.info["torch_dtype"]
+        self.values: dict[str, torch.Tensor] = {
+            k: torch.zeros([1 if s == "B" else s for s in shape], dtype=kind, device=self.device)
+            for k, (shape, kind) in program.state.items()
+        }
+        self.values["pixel_values"] = torch.from_numpy(inputs.pixels).to(self.device, dtype)
+        text, lead = len(inputs.ids), inputs.leading
+        chunks = [(0, inputs.ids[:lead], 0), (inputs.image_rows, inputs.ids[lead:], lead)]
+        if routing is not None:
+            chunks = [(inputs.image_rows, inputs.ids, 0)]
+        encode = [c.stage for c in program.schedule if not hasattr(c, "body")]
+        body = [c.stage for loop in program.schedule if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
+        self.steps: dict[str, list[Step]] = {
+            "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
+            "prefill": [
+                self._chunk(program, s, c, shared, routing, lead if routing and text else 0) for c in chunks for s in body
+            ],
+            "decode": [self._chunk(program, s, (0, [inputs.token], inputs.filled), shared, routing, 0) for s in body],
+        }
+
+    def _chunk(self, program: Program, stage: str, chunk: Any, shared: Shared, routing: str | None, leading: int) -> Step:
+        import torch
+
+        rows, ids, past = chunk
+        width, dtype = program.info["hidden_size"], program.info["torch_dtype"]
+        fixed: dict[str, Any] = {
+            "ids": torch.tensor([ids], device=self.device),
+            "past": torch.tensor([past], device=self.device),
+            "visual": "image_rows" if rows else torch.zeros(1, 0, width, dtype=dtype, device=self.device),
+        }
+        sizes = {"B": 1, "nv": rows, "nt": len(ids)}
+        options = {"past": past, "leading": leading, "routing": routing or "known", "last_only": routing == "known"}
+        return self._step(program, stage, sizes, fixed, shared, **options)
+
+    def _step(self, program: Program, name: str, sizes: dict, fixed: dict, shared: Shared, **options: Any) -> Step:
+        from mmopt.baselines import torch_stage
+        from mmopt.graph import HEAVY
+
+        stage = program.stages[name]
+        module = torch_stage(stage, program.weights, sizes, shared=shared, **options)
+        outputs = [o for o in stage.outputs if o not in stage.inputs]
+        heavy = any(n.target in HEAVY for n in stage.graph.nodes)
+        return Step(name, module, [fixed.get(i, i) for i in stage.inputs], outputs, heavy)
+
+    def compile(self) -> None:
+        """torch.compile with freezing for every module that has a product; the first run of each stage compiles it."""
+        import torch
+
+        for steps in self.steps.values():
+            for s in steps:
+                if s.heavy:
+                    s.module = torch.compile(s.module)
+
+    def run(self, stage: str) -> None:
+        for s in self.steps[stage]:
+            made = s.module(*(self.values[i] if isinstance(i, str) else i for i in s.inputs))
+            self.values.update(zip(s.outputs, made, strict=True))
+
+    def run_all(self) -> TorchStages:
+        """Each stage twice: the first run compiles what has to be compiled."""
+        import torch
+        import torch._inductor.config
+
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            for stage in STAGES * 2:
+                self.run(stage)
+        return self
+
+    def logits(self) -> torch.Tensor:
+        """Those of the last row ``[V]`` of the last prefill or decode."""
+        return self.values["logits"][0, -1].float().cpu()
+
+
+# ------------------------------------------------------------------------------------------------------- in an engine
+class EngineStages:
+    """The stages of a loaded engine on the same inputs."""
+
+    def __init__(self, engine: Engine, inputs: Inputs | None = None):
+        from mmopt.decoding import Cache
+
+        self.engine, self.decoder = engine, engine.decoder
+        size = engine.image_processor.size
+        self.inputs = inputs or Inputs.draw(engine.info, (3, size, size))
+        self.prompt = self.inputs.prompt(engine.info["image_id"])
+        self.cache = Cache(self.decoder, 1)
+        self.rows: Any = None
+        self.last: Any = None
+
+    def run(self, stage: str) -> None:
+        if stage == "encode":
+            self.rows = self.decoder.encode(self.inputs.pixels)
+        elif stage == "prefill":
+            self.cache.past[:] = 0
+            self.last = self.decoder.prefill(self.cache, 0, self.prompt, [self.rows])
+        else:  # a lane that is not active is computed, but its length stays
+            self.last = self.decoder.decode(self.cache, [self.inputs.token], [False])[0]
+
+    def run_all(self) -> EngineStages:
+        for stage in STAGES * 2:
+            self.run(stage)
+        return self
+
+    def logits(self) -> Any:
+        import torch
+
+        return torch.from_numpy(np.array(self.last, np.float32))

@@ -1,6 +1,6 @@
 """A trained checkpoint, the whole way: load, optimize, export, ask about real pictures, measure speed, drift, accuracy.
 
-    python examples/demo.py [--questions N | --all] [--out DIRECTORY]
+python examples/demo.py [--questions N | --all] [--out DIRECTORY]
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main() -> None:
         rows = None if picture is None else engine.encode_images([picture])
         for part in (group[i : i + 16] for i in range(0, len(group), 16)):
             expected, logits = reference.answers(part, image)
-            made = engine.run_ids([reference.prompt(q) for q in part], image_rows=None if rows is None else [rows[0:1]] * len(part),
+            made = engine.run_ids([reference.prompt(q) for q in part], image_rows=None if rows is None else np.repeat(np.asarray(rows), len(part), 0),
                                   max_new_tokens=NEW_TOKENS, logits=True)  # fmt: skip
             given = [reference.text.decode([t for t in ids if t != reference.eos]) for ids in made.tokens]
             drift = max(drift, float(np.abs(np.stack([steps[0] for steps in made.logits]) - logits.numpy()).max()))
@@ -135,7 +135,9 @@ def main() -> None:
         times["engine (ONNX Runtime)"].append(time.perf_counter() - middle)
     for name, seconds in times.items():
         print(f"   {name:<24}min {min(seconds) * 1e3:7.2f} ms   median {statistics.median(seconds) * 1e3:7.2f} ms")
-    print("   (a model this small says little about speed: `mmopt bench --config mplug-owl2-mid --random-weights` does)")
+    print(
+        "   (a model this small says little about speed: `mmopt bench --config mplug-owl2-mid --random-weights` does)"
+    )
     if differing:
         sys.exit(f"the engine's answers differ from the model's on {len(differing)} questions")
 

@@ -30,7 +30,7 @@ LEARNING_RATE = 1e-3
 SHIFT = 6  # pixels
 NEW_TOKENS = 4  # the longest answer and </s>
 SPECIAL = ["<unk>", "<s>", "</s>"]
-PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "resample": 3, "size": 64, "crop_size": 64}
+PREPROCESSOR: dict = {"image_processor_type": "CLIPImageProcessor", "resample": 3, "size": 64, "crop_size": 64}
 PREPROCESSOR |= {"do_resize": True, "do_center_crop": True, "do_normalize": True}
 PREPROCESSOR |= {"image_mean": [0.9] * 3, "image_std": [0.25] * 3}  # light backgrounds near 0: the shape stands out
 
@@ -142,7 +142,8 @@ def augmented(pixels: Tensor, rng: random.Random) -> Tensor:
 @torch.inference_mode()
 def answers(module: nn.Module, prompts: Prompts, images: dict, asked: list, blind: bool = False) -> list[str]:
     """Greedy answers by plain, unpacked passes; "" for an answer that did not end. `blind`: image rows are zero."""
-    rows, embed = {}, module.model.embed_tokens
+    rows: dict = {}
+    embed = module.model.embed_tokens
     paths = sorted({q.image for q in asked if q.image})
     for i in range(0, len(paths), 200):
         made = module.encode_images(torch.stack([images[p] for p in paths[i : i + 200]]))
@@ -178,9 +179,9 @@ def train(module: nn.Module, prompts: Prompts, args: argparse.Namespace) -> None
     asked, checks = vqa.questions("train"), vqa.questions("validation")
     facts, reverse = vqa.facts_task(), vqa.reverse_task("train")
     images = load_images(asked + checks)
-    by_image = defaultdict(list)
+    by_image: dict[str, list[vqa.Question]] = defaultdict(list)
     for q in asked:
-        by_image[q.image].append(q)
+        by_image[str(q.image)].append(q)
     paths = sorted(by_image)
     # Training only: a head that names colour and shape from the patch rows makes the vision tower useful early.
     aux = nn.Linear(2 * module.config.vision.hidden_size, len(vqa.COLOURS) + len(vqa.SHAPES))
@@ -293,7 +294,7 @@ def main() -> None:
         text_only = [*vqa.facts_task(), *vqa.reverse_task("train")]
         texts = [t for q in [*vqa.questions("train"), *text_only] for t in (q.text, q.answer)]
         tokenizer = make_tokenizer(texts)
-        model = checkpoint.from_config(config(tokenizer.get_vocab_size()), random=True)
+        model = checkpoint.from_config(config(tokenizer.get_vocab_size()), dtype="float32", random=True)
         initialise(model.module, args.seed)
         train(model.module, Prompts(tokenizer, model.family), args)
         save(model.module, model.raw_config, tokenizer, args.out)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import sympy
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch.fx import Node
 
-from mmopt.exporters.weights import Weights
+from mmopt.exporters.weights import ONNX_TYPE, Weights, tensor_proto
 from mmopt.graph import Size, is_const, shape_of, simplify
 from mmopt.program import Stage
 from mmopt.text import op_name
@@ -25,12 +24,6 @@ from mmopt.text import op_name
 OPSET, IR_VERSION = 23, 11
 NEWER = {"TensorScatter": (24, 12)}  # operators that need a newer opset and IR version
 CONTRIB = "com.microsoft"
-
-ONNX_TYPE = {
-    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
-    torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
-}  # fmt: skip
 
 
 class ExportError(ValueError):
@@ -140,15 +133,15 @@ class Emitter:
         return self.op("Squeeze", self.size(value), self.ints([0]))
 
     def shape(self, sizes: Sequence[Size], old: Sequence[Size] = ()) -> str:
-        """A shape as an int64 tensor; `old` is the shape that a Reshape starts from (see there for 0 and -1)."""
-        plain = [0 if i < len(old) and old[i] == s and not isinstance(s, int) else s for i, s in enumerate(sizes)]
-        free = [i for i, s in enumerate(plain) if not isinstance(s, int)]
-        if old and len(free) == 1:
+        """A shape as an int64 tensor. With `old`, the shape that a Reshape starts from, it is a constant if possible:
+        0 stands for the size of old in the same place, -1 for the rest."""
+        plain: list[Any] = [0 if i < len(old) and old[i] == s and is_free(s) else s for i, s in enumerate(sizes)]
+        free = [i for i, s in enumerate(plain) if is_free(s)]
+        never_zero = all(s.is_positive for i, s in enumerate(sizes) if is_free(s) and i not in free)  # type: ignore[union-attr]
+        if old and len(free) == 1 and never_zero:
             plain[free[0]] = -1
             free = []
-        if not free:
-            return self.ints(plain)  # type: ignore[arg-type]
-        return self.op("Concat", *(self.size(s) for s in sizes), axis=0)
+        return self.op("Concat", *(self.size(s) for s in sizes), axis=0) if free else self.ints(plain)
 
     def error(self, why: str) -> ExportError:
         node = f", node {self.current.name}, operator {op_name(self.current)}" if self.current else ""
@@ -217,6 +210,11 @@ class Emitter:
         return f"{kind}_{self._count[kind]}"
 
 
+def is_free(size: Size) -> bool:
+    """True for a size that is known only when the graph runs."""
+    return isinstance(size, sympy.Expr)
+
+
 def output_name(stage: Stage, name: str) -> str:
     """ONNX needs names to be unique: an output that has the name of an input is called ``new_...``."""
     return f"new_{name}" if name in stage.inputs else name
@@ -225,11 +223,3 @@ def output_name(stage: Stage, name: str) -> str:
 def plain_shape(shape: Sequence[Size]) -> list[int | str]:
     """Sizes as numbers, or text such as ``nv`` or ``nt + nv``."""
     return [s if isinstance(s, int) else str(s) for s in shape]
-
-
-def tensor_proto(name: str, x: torch.Tensor) -> TensorProto:
-    """A tensor with its data inside."""
-    if x.dtype == torch.bfloat16:
-        raw = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return helper.make_tensor(name, TensorProto.BFLOAT16, list(x.shape), raw, raw=True)
-    return numpy_helper.from_array(np.ascontiguousarray(x.numpy()).reshape(tuple(x.shape)), name)

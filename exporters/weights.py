@@ -17,15 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.fx import Node
 
-from mmopt.graph import shape_of
+from mmopt.graph import CAT, EXPAND, PERMUTE, RESHAPE, SLICE, shape_of
 from mmopt.program import Program, evaluate
 from mmopt.text import op_name
 
+ONNX_TYPE = {
+    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
+    torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
+}  # fmt: skip
 FILE = "weights.safetensors"
 ALIGN = 64
 CHUNK = 1 << 24  # elements cast, and bytes copied, at a time
@@ -33,7 +39,8 @@ SAFETENSORS_TYPE = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
 }  # fmt: skip
-Progress = Callable[[str, int, int], None]
+MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}  # operators that compute nothing
+Progress = Callable[[str], None]
 
 
 @dataclass
@@ -64,7 +71,6 @@ class Weights:
         self._inline: dict[int, tuple[str, TensorProto]] = {}
         self._ids: dict[Any, int] = {}
         self._node_ids: dict[Node, int] = {}
-        self._references: dict[str, list[TensorProto]] = {}
 
     def exported(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in the bundle of a value that has `dtype` in the program."""
@@ -75,8 +81,6 @@ class Weights:
 
     def add(self, node: Node) -> tuple[str, TensorProto | None]:
         """The name of a constant node; scalars and short lists of integers come with their data, to stand in the graph."""
-        from mmopt.exporters.emit import tensor_proto
-
         key = self._identity(node)
         if key in self._inline:
             return self._inline[key]
@@ -91,10 +95,12 @@ class Weights:
             self.constants[name] = Constant(node, dtype)
         return self._names[key], None
 
+    def keep(self, names: set[str]) -> None:
+        """Forget the constants that no graph refers to."""
+        self.constants = {name: c for name, c in self.constants.items() if name in names}
+
     def reference(self, name: str) -> TensorProto:
         """An initializer that refers to the file; `place` fills in where the data lies."""
-        from mmopt.exporters.emit import ONNX_TYPE
-
         c = self.constants[name]
         return TensorProto(name=name, data_type=ONNX_TYPE[c.dtype], dims=c.shape, data_location=TensorProto.EXTERNAL)
 
@@ -105,7 +111,10 @@ class Weights:
             initializer.external_data.add(key=key, value=str(value))
 
     def value(self, node: Node) -> Tensor:
-        """Evaluate a constant; of what it is computed from, only what is still needed is held."""
+        """Evaluate a constant; of what it is computed from, only what is still needed is held.
+
+        Arithmetic on half-precision weights is done in float32, so that the result is rounded once, when it is written.
+        """
         order: list[Node] = []
         stack, seen = [node], set()
         while stack:  # depth first, operands before what reads them
@@ -118,14 +127,14 @@ class Weights:
                 if n not in seen:
                     seen.add(n)
                     order.append(n)
+        half = self.program.info["torch_dtype"] in (torch.float16, torch.bfloat16)
+        widen = half and any(n.op == "call_function" and n.target not in MOVES for n in order)
         last = {a: n for n in order for a in n.all_input_nodes}
         env: dict[Node, Any] = {}
-        for n in order:
-            if n.op == "get_attr":
-                env[n] = self._weight(n)
-            else:
-                with torch.inference_mode():
-                    env[n] = evaluate(n, env, {})
+        with torch.inference_mode():
+            for n in order:
+                made = self._weight(n) if n.op == "get_attr" else evaluate(n, env, {})
+                env[n] = made.float() if widen and made.dtype == self.program.info["torch_dtype"] else made
                 for a in n.all_input_nodes:
                     if last[a] is n:
                         env.pop(a, None)
@@ -230,8 +239,17 @@ class Weights:
                     digest.update(raw)
                     f.write(raw)
                 if progress:
-                    progress("weights", f.tell(), total)
+                    progress(f"weights, {f.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
         return {"file": path.name, "bytes": total, "sha256": digest.hexdigest()}
+
+
+def tensor_proto(name: str, x: Tensor) -> TensorProto:
+    """A tensor with its data inside."""
+    x = x.contiguous()
+    if x.dtype == torch.bfloat16:
+        raw = x.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return helper.make_tensor(name, TensorProto.BFLOAT16, list(x.shape), raw, raw=True)
+    return numpy_helper.from_array(np.asarray(x.numpy()), name)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

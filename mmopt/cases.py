@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from mmopt.checkpoint import DTYPES, Model, load
+from mmopt.points import Pairs, at_engine, at_model, at_program, preprocessed, tapped
 from mmopt.recorded import Case, read_cases
-from mmopt.replay import Pairs, at_engine, at_model, at_program, preprocessed, tapped
 
 POINTS = ("model", "program", "optimized", "engine")
 
 # Cases are recorded in float32. In half precision each rounding is 2^-9 (bfloat16) or 2^-12 (float16) of a value and
 # adds up through image stages and decoder, so the largest error is judged as a share of the largest recorded value of
-# its tensor. Right models of ten layers measure up to 0.072 and 0.0064, so this is twice to three times as much; wrong
-# modality branches give more than 1. Greedy decoding is fed the recorded ids; its own choices are reported, not judged.
+# its tensor. Right models of ten layers measure up to 0.072 and 0.0064, so this is twice to three times as much; one
+# wrong projection in one layer gives 0.3 or more. Greedy decoding is fed the recorded ids: its own are only reported.
 HALF_TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.02}
 
 NOT_COMPARED = (  # the first reason that fits stands in the report: (points, outputs, reason)
@@ -64,7 +64,7 @@ def replay(
     tell = progress or (lambda line: None)
     tell(f"load {checkpoint}")
     model = load(checkpoint, dtype=dtype)
-    todo = read_cases(cases, Path(checkpoint), model.family.image_id, model.config.rows_per_image)
+    todo = read_cases(cases, model.directory, model.family.image_id, model.config.rows_per_image)
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": []}
     with ExitStack() as stack:
         line = Line(model, todo, tell, stack)
@@ -109,7 +109,7 @@ class Line:
         return self.model
 
     def _program(self) -> Any:
-        from mmopt.trace import trace
+        from mmopt.tracing import trace
 
         self.tell(f"trace: batch {self.batch}, {self.images} images, context {self.context}")
         return trace(self.model, batch=self.batch, images=max(self.images, 1), context=max(self.context, 2))

@@ -215,14 +215,14 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Replay recorded cases of the reference implementation; exit 1 if anything differs."""
-    from mmopt.cases import replay, table
+    from mmopt.cases import passed, replay, table
 
     with progress("verifying") as now:
         result = replay(
             checkpoint, cases, at=tuple(a.strip() for a in at.split(",") if a.strip()), dtype=dtype, progress=now
         )
     show(result, table(result), as_json)
-    if not result["rows"] or not all(r["ok"] for r in result["rows"]):
+    if not passed(result):
         raise FailedError
 
 

@@ -39,6 +39,7 @@ class Cache:
         model = decoder.language
         self.batch, self._decoder = batch, decoder
         self.past = np.zeros(batch, np.int64)
+        self.leading: list[tuple[int, ...]] = [()] * batch  # text before the first image that each lane begins with
         self.tensors = {
             k: Tensor.zeros((batch, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
             for k in model.inputs
@@ -88,6 +89,11 @@ class Decoder:
             for name, stage in facts["stages"].items()
         }
         self.embed, self.language = self.stages[table], self.stages[model]
+        unknown = {k for k in self.language.inputs if k not in ("visual", "text") and k not in self.language.outputs}
+        if unknown:
+            raise EngineError(
+                f"{directory}: stage {model} has inputs that this engine cannot give: {', '.join(unknown)}"
+            )
         self._encode_calls = [i for i in facts["schedule"] if "call" in i]
         self._pool: list[Cache] = []
         self._pool_lock = threading.Lock()
@@ -106,12 +112,24 @@ class Decoder:
                         values[name] = rows[i : i + 1]
                     else:
                         values[name] = Tensor.zeros(stage.output_shape(k, given), out["dtype"], stage.device)
-                stage.bind(given, {k: values[rename.get(k, k)] for k in stage.outputs}, release=True).run()
+                stage.bind(given, {k: values[rename.get(k, k)] for k in stage.outputs}).run()
         return rows
 
     def prefill(self, cache: Cache, lane: int, ids: Sequence[int], images: Sequence[Tensor] = ()) -> np.ndarray:
-        """Feed ids and the rows of their images on top of what the lane holds; returns the last row's logits ``[V]``."""
-        for chunk in plan([ids], self.info, 1):
+        """Feed ids and the rows of their images on top of what the lane holds; returns the last row's logits ``[V]``.
+
+        The leading text of a chat template is the same for every prompt: an empty lane that still holds it keeps it.
+        """
+        chunks = plan([ids], self.info, 1)
+        if cache.past[lane] == 0:
+            leading = chunks[0].ids if len(chunks) > 1 and not chunks[0].images else ()
+            if leading and leading == cache.leading[lane]:
+                cache.past[lane] = len(leading)
+                del chunks[0]
+            cache.leading[lane] = leading
+        elif cache.past[lane] < len(cache.leading[lane]):
+            cache.leading[lane] = ()
+        for chunk in chunks:
             text = Tensor.zeros((1, len(chunk.ids), self.width), self.dtype, self.embed.device)
             self.embed.bind({"ids": Tensor.of(np.array([chunk.ids]), "int64")}, {"text": text}).run()
             visual = Tensor.zeros((1, 0, self.width), self.dtype, self.language.device)
@@ -121,7 +139,7 @@ class Decoder:
             out_rows = 1 if self.language.outputs["logits"]["shape"][1] == 1 else rows
             logits = Tensor.zeros((1, out_rows, self.info["vocab_size"]), self.dtype)
             past = Tensor.of(cache.past[lane : lane + 1], "int64")
-            self.bind_language(visual, text, past, cache, slice(lane, lane + 1), logits, release=True).run()
+            self.bind_language(visual, text, past, cache, slice(lane, lane + 1), logits).run()
             cache.past[lane] += rows
         return logits.numpy()[0, -1].astype(np.float32, copy=False)
 
@@ -151,20 +169,13 @@ class Decoder:
             yield
 
     def bind_language(
-        self,
-        visual: Tensor,
-        text: Tensor,
-        past: Tensor,
-        cache: Cache,
-        lanes: slice,
-        logits: Tensor,
-        release: bool = False,
+        self, visual: Tensor, text: Tensor, past: Tensor, cache: Cache, lanes: slice, logits: Tensor
     ) -> Bound:
         """The language model on some lanes of a cache: the same memory as input and output."""
         kept = {k: t[lanes] for k, t in cache.tensors.items()}
         inputs = {"visual": visual, "text": text, "past": past} | kept
         outputs = {"logits": logits, "past": Tensor.zeros(past.shape, "int64", past.device)} | kept
-        return self.language.bind(inputs, outputs, release)
+        return self.language.bind(inputs, outputs)
 
     @contextmanager
     def cache(self, batch: int) -> Iterator[Cache]:
@@ -175,15 +186,16 @@ class Decoder:
                 self._pool.remove(cache)
         cache = cache or Cache(self, batch)
         cache.past[:] = 0
-        broken = False
+        sound = False  # after an error the caches may hold anything, values that are not finite too
         try:
             yield cache
-        except Exception:
-            broken = True  # the caches may hold values that are not finite
+            sound = True
+        except GeneratorExit:  # cancelled between two steps
+            sound = True
             raise
         finally:
             with self._pool_lock:
-                if not broken and len(self._pool) < POOLED:
+                if sound and len(self._pool) < POOLED:
                     self._pool.append(cache)
 
 
@@ -193,4 +205,6 @@ def _one_after_the_other(images: Sequence[Tensor]) -> Tensor:
     step = images[1].pointer - first.pointer if len(images) > 1 else 0
     if any(t.owner is not first.owner or t.pointer != first.pointer + i * step for i, t in enumerate(images)):
         raise AssertionError("images that follow each other in a prompt are encoded together")
-    return Tensor((1, len(images) * first.shape[1], first.shape[2]), first.dtype, first.pointer, first.device, first.owner)
+    return Tensor(
+        (1, len(images) * first.shape[1], first.shape[2]), first.dtype, first.pointer, first.device, first.owner
+    )

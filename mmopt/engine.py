@@ -160,7 +160,8 @@ class Engine:
         elif len(request.prompt) and isinstance(request.prompt[0], dict):
             ids = self._render(request.prompt)
         else:
-            ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
+            with _engine_errors("the prompt is neither text nor messages nor token ids: "):
+                ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
         rows = count_rows(ids, self.info)

@@ -113,9 +113,9 @@ class Lift:
 
     def call(self, n: Node) -> Any:
         val = n.meta.get("val")
-        if isinstance(val, torch.SymFloat | torch.SymBool):
-            raise ValueError(f"{n.name}: a size is used as a real number or a condition, only whole sizes can stay free")
-        if isinstance(val, int | float | bool | torch.SymInt):
+        if isinstance(val, torch.SymFloat):
+            raise ValueError(f"{n.name}: a size is used as a real number, only whole sizes can stay free")
+        if isinstance(val, int | float | bool | torch.SymInt | torch.SymBool):
             return self.size(val)
         if n.target is operator.getitem:
             made = self.value(n.args[0])
@@ -128,9 +128,10 @@ class Lift:
         bound = self.bind(n)
         if name in NO_EFFECT:
             return None
-        if (n.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in n.target.tags) and name not in IDENTITY:
-            raise ValueError(f"{n.name}: {n.target} writes in place or draws at random, which a graph cannot hold")
         rule = getattr(self, f"op_{name}", None)
+        random = torch.Tag.nondeterministic_seeded in n.target.tags and rule is None
+        if (random or n.target._schema.is_mutable) and name not in IDENTITY:
+            raise ValueError(f"{n.name}: {n.target} writes in place or draws at random, which a graph cannot hold")
         if rule is not None:
             return rule(n, bound)
         x: Any = bound.get("self", bound.get("input"))

@@ -60,8 +60,8 @@ def measure(variant: str, path: str | Path, threads: int) -> dict[str, Any]:
 
 
 def _engine(path: str, threads: int) -> Callable[[], Any]:
-    from mmopt.variants import EngineStages
     from mmopt.engine import Engine  # imported before memory is first read
+    from mmopt.variants import EngineStages
 
     return lambda: EngineStages(Engine(path, provider="cpu", threads=threads)).run_all()
 

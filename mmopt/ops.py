@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)  # not -1: there may be no rows
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
 def _attention(
@@ -46,7 +46,7 @@ def _attention(
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    x4 = x.view(*x.shape[:2], heads, -1)
+    x4 = x.view(*x.shape[:2], heads, x.shape[2] // heads)
     first, second = x4.chunk(2, dim=-1)
     cos, sin = cos[:, :, None, :].to(x.dtype), sin[:, :, None, :].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).view(x.shape)

@@ -47,6 +47,7 @@ class Stage:
     inputs: list[str]
     outputs: list[str]
     _constants: dict[Node, Any] = field(default_factory=dict, repr=False)
+    _complete: bool = field(default=False, repr=False)  # every constant that is needed again is kept
 
     def placeholders(self) -> list[Node]:
         return [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -90,11 +91,12 @@ class Stage:
                 elif n.op == "call_function":
                     if n in self._constants:
                         env[n] = self._constants[n]
-                    else:
+                    elif not (n.meta["const"] and self._complete):
                         env[n] = evaluate(n, env, sizes)
                         if n.meta["const"] and keep_constants and any(not u.meta.get("const") for u in n.users):
                             self._constants[n] = env[n]
                 elif n.op == "output":
+                    self._complete |= keep_constants
                     return dict(zip(self.outputs, (env[a] for a in n.args[0]), strict=True))
                 for a in n.all_input_nodes:
                     if last_use[a] is n:

@@ -74,7 +74,7 @@ class Case:
         return torch.cat(self.each(x))
 
 
-def read_cases(paths: Iterable[str | Path], checkpoint: Path, image_id: int, rows_per_image: int) -> list[Case]:
+def read_cases(paths: Iterable[str | Path], checkpoint: Path | None, image_id: int, rows_per_image: int) -> list[Case]:
     """Read recorded cases. The checkpoint's own weights among them are passed over, so that ``*.safetensors`` works.
 
     Raises ValueError that names a file that is no case, or an input that is not known.
@@ -87,7 +87,7 @@ def read_cases(paths: Iterable[str | Path], checkpoint: Path, image_id: int, row
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{path}: cannot be read as a safetensors file ({e})") from e
         foreign = [k for k in tensors if not k.startswith(("in.", "out."))]
-        if len(foreign) == len(tensors) and path.parent.resolve() == checkpoint.resolve():
+        if checkpoint and len(foreign) == len(tensors) and path.parent.resolve() == checkpoint.resolve():
             continue
         if foreign or not any(k.startswith("out.") for k in tensors):
             seen = ", ".join(foreign[:5]) or "no out.*"

@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mmopt.graph import (
+    ATTENTION,
     CAT,
     EXPAND,
     FULL,
@@ -54,6 +55,11 @@ Value = Any  # Node or Parts
 def surely(size: Size) -> bool:
     """True if a size is known not to be negative."""
     return size >= 0 if isinstance(size, int) else size.is_nonnegative is True
+
+
+def positive(size: Size) -> bool:
+    """True if a size is known to be at least one."""
+    return size > 0 if isinstance(size, int) else size.is_positive is True
 
 
 def uniform(node: Any) -> Any:
@@ -142,6 +148,8 @@ class Seams:
 
     def why_not(self, n: Node, args: list[Any], rule: dict, seam: Parts) -> str | None:
         """Splitting is only for values that already lie in these parts, or that cost nothing to slice."""
+        if n.target is ATTENTION and not all(positive(shape_of(v)[seam.dim]) for v in seam.values):
+            return "a part may have no rows, which kernels of attention refuse"
         for i, a in enumerate(args):
             m = rule.get(i)
             if m is None or not isinstance(a, Parts | Node):

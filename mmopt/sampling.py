@@ -38,6 +38,8 @@ class Request:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, list | tuple):
+            raise EngineError(f"images is one {type(self.images).__name__}, expected a list of images")
         if self.max_new_tokens is not None and (not _is_int(self.max_new_tokens) or self.max_new_tokens < 1):
             raise EngineError(f"max_new_tokens is {self.max_new_tokens!r}, expected a number of at least 1")
         Sampler(self.temperature, self.top_k, self.top_p, self.seed)

@@ -186,6 +186,7 @@ class StageSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = False  # else the working memory of the longest prompt is kept for good
         try:
             self.session = ort.InferenceSession(directory / facts["file"], options, providers=providers)
         except Exception as e:  # ONNX Runtime has many error types, none of them public
@@ -196,9 +197,9 @@ class StageSession:
                 f"stage {name} would run on {', '.join(self.session.get_providers())}"
             )
 
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], release: bool = False) -> Bound:
-        """Fix the memory of all inputs and outputs. `release`: give working memory back after each run."""
-        return Bound(self, inputs, outputs, release)
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Bound:
+        """Fix the memory of all inputs and outputs."""
+        return Bound(self, inputs, outputs)
 
     def output_shape(self, name: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Shape of an output whose free sizes are sizes of inputs."""
@@ -211,14 +212,10 @@ class StageSession:
 class Bound:
     """A session with its inputs and outputs bound to memory; `run` costs a few microseconds above the computation."""
 
-    def __init__(self, stage: StageSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], release: bool):
+    def __init__(self, stage: StageSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]):
         self._session = stage.session
         self._memory = (dict(inputs), dict(outputs))  # bound by address: must live as long
         self._binding = stage.session.io_binding()
-        self._options = None
-        if release:
-            self._options = ort.RunOptions()
-            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         for name, t in inputs.items():
             self._binding.bind_input(name, t.device, 0, DTYPES[t.dtype][1], t.shape, t.pointer)
         for name, t in outputs.items():
@@ -226,7 +223,7 @@ class Bound:
             self._binding.bind_output(target, t.device, 0, DTYPES[t.dtype][1], t.shape, t.pointer)
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding)
 
 
 def default_threads() -> int:

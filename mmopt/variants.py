@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mmopt.engine import Engine
     from mmopt.program import Program
 
+VARIANTS = ("eager", "compiled", "optimized", "engine")  # from the slowest on
 STAGES = ("encode", "prefill", "decode")
 LEADING = 8  # rows of text before the image
 
@@ -62,6 +64,24 @@ class Step:
     outputs: list[str]
     heavy: bool
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A generated module is stored as its source and its tensors."""
+        code = self.module.graph.python_code("self")  # type: ignore[attr-defined]
+        used = {k: f for k, f in code.globals.items() if isfunction(f)}
+        imports = [f"from {f.__module__} import {f.__qualname__} as {k}" for k, f in used.items()]
+        source = "\n".join(["import torch", *imports, code.src])
+        return vars(self) | {"module": None, "source": source, "tensors": dict(self.module.named_parameters())}  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import torch
+
+        names: dict[str, Any] = {}
+        exec(compile(state.pop("source"), f"<{state['stage']}>", "exec"), names)
+        module = type("Stage", (torch.nn.Module,), {"forward": names["forward"]})()
+        for name, x in state.pop("tensors").items():
+            module.register_parameter(name, x)
+        vars(self).update(state, module=module)
+
 
 class TorchStages:
     """A Program's stages as torch modules for given inputs.
@@ -88,12 +108,16 @@ class TorchStages:
         self.steps: dict[str, list[Step]] = {
             "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
             "prefill": [
-                self._chunk(program, s, c, shared, routing, lead if routing and text else 0) for c in chunks for s in body
+                self._chunk(program, s, c, shared, routing, lead if routing and text else 0)
+                for c in chunks
+                for s in body
             ],
             "decode": [self._chunk(program, s, (0, [inputs.token], inputs.filled), shared, routing, 0) for s in body],
         }
 
-    def _chunk(self, program: Program, stage: str, chunk: Any, shared: Shared, routing: str | None, leading: int) -> Step:
+    def _chunk(
+        self, program: Program, stage: str, chunk: Any, shared: Shared, routing: str | None, leading: int
+    ) -> Step:
         import torch
 
         rows, ids, past = chunk

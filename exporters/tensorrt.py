@@ -1,0 +1,138 @@
+"""The gate of the TensorRT target: every stage is parsed and built ahead of time with TensorRT for RTX, without a GPU.
+
+TensorRT for RTX is an extra (``pip install 'mmopt[tensorrt]'``); it is imported only when the gate runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MISSING = "TensorRT for RTX is not installed: pip install 'mmopt[tensorrt]'"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Why a stage does not convert: the node as it is named in the ONNX file, its operator, and TensorRT's words."""
+
+    stage: str
+    node: str
+    operator: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"stage {self.stage}, node {self.node}, operator {self.operator}: {self.reason}"
+
+
+class GateError(ValueError):
+    """An engine directory that TensorRT does not take; ``findings`` lists every refusal."""
+
+    def __init__(self, findings: list[Finding]):
+        super().__init__("does not convert to TensorRT:\n  " + "\n  ".join(map(str, findings)))
+        self.findings = findings
+
+
+def available() -> bool:
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+def check_engine(directory: str | Path, build: bool = True, tell: Callable[[str], None] | None = None) -> list[Finding]:
+    """Parse, and if `build` also build, each stage of an engine directory; returns what was refused (nothing: all is well).
+
+    Raises ImportError without TensorRT for RTX.
+    """
+    try:
+        import tensorrt_rtx as trt
+    except ImportError as e:
+        raise ImportError(MISSING) from e
+    directory = Path(directory)
+    facts = json.loads((directory / "program.json").read_text())
+    findings = []
+    for name, stage in facts["stages"].items():
+        if tell:
+            tell(f"TensorRT: {name}")
+        findings += _check_stage(trt, directory / stage["file"], name, stage, profiles(stage["inputs"], facts["info"]), build)
+    return findings
+
+
+def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, list[tuple[int, ...]]]]:
+    """Optimization profiles of a stage: input -> its least, usual and largest shape.
+
+    A stage with a cache, whose rows together must not exceed its capacity, gets three: a prompt with images, one of text
+    alone (one sample each), and decode (one row of each sample).
+    """
+    batch, context, images = info["batch"], info["context"], max(1, info["images"]) * info["batch"]
+    visual = min(info["images"] * info["rows_per_image"], context - 1)
+    one, none = (1, 1, 1), (0, 0, 0)
+
+    def text(most: int) -> tuple[int, int, int]:
+        return 1, min(64, most), most
+
+    if "past" in inputs:
+        ranges = [
+            {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},
+            {"B": one, "nv": none, "nt": text(context)},
+            {"B": (1, batch, batch), "nv": none, "nt": one},
+        ]
+    else:
+        ranges = [{"B": (1, 1, batch), "N": (1, 1, images), "nt": text(context)}]
+
+    def shape(sizes: Iterable[int | str], which: int, r: dict[str, tuple[int, int, int]]) -> tuple[int, ...]:
+        return tuple(s if isinstance(s, int) else r[s][which] for s in sizes)
+
+    return [{name: [shape(x["shape"], i, r) for i in range(3)] for name, x in inputs.items()} for r in ranges]
+
+
+def _check_stage(trt: Any, path: Path, name: str, stage: dict, shapes: list, build: bool) -> list[Finding]:
+    said: list[str] = []
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                said.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        return [Finding(name, e.node_name() or "?", e.node_operator() or "?", e.desc()) for e in errors] or [
+            Finding(name, "?", "?", "; ".join(said) or "the parser gives no reason")
+        ]
+    if not build:
+        return []
+    for i in range(network.num_layers):  # float32 attention has no kernel of its own; it may be taken apart
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+    if any(isinstance(s, str) for x in stage["inputs"].values() for s in x["shape"]):
+        for wanted in shapes:
+            profile = builder.create_optimization_profile()
+            for input_name, (least, usual, largest) in wanted.items():
+                profile.set_shape(input_name, least, usual, largest)
+            config.add_optimization_profile(profile)
+    if builder.build_serialized_network(network, config) is None:
+        return [_build_finding(name, m, network) for m in said] or [Finding(name, "?", "?", "the builder gives no reason")]
+    return []
+
+
+def _build_finding(stage: str, message: str, network: Any) -> Finding:
+    """A builder's message names a layer; layers are called after ONNX nodes."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.name and re.search(rf"(?<![\w/]){re.escape(layer.name)}(?![\w/])", message):
+            return Finding(stage, layer.name, str(layer.type).removeprefix("LayerType."), message)
+    return Finding(stage, "?", "?", message)

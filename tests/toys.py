@@ -1,0 +1,258 @@
+"""Small torch modules, unrelated to any family, to try passes on; how to trace them and how to compare what they give."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmopt import contracts, ops
+from mmopt.family import StageSpec, TensorSpec
+from mmopt.graph import shape_of
+from mmopt.program import Call, Loop, Program, Stage
+from mmopt.tracing import NextToken, trace_stage
+
+D, VOCAB, ROWS, PIXELS = 8, 13, 3, 4  # width, vocabulary, rows of an image, side of an image
+VISUAL_AND_TEXT = {"visual": ("B", "nv", D), "text": ("B", "nt", D)}
+SIZES = ({"B": 1, "nv": 0, "nt": 1}, {"B": 1, "nv": 4, "nt": 3}, {"B": 3, "nv": 0, "nt": 5}, {"B": 3, "nv": 2, "nt": 1})
+
+
+def draw(module: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Every parameter drawn, so that no gain is one and no bias zero; those named gate stay as they are."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if "gate" not in name:
+            p.data = torch.randn(p.shape, generator=g) * (0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def trace(
+    module: nn.Module,
+    inputs: dict[str, tuple | torch.dtype],
+    outputs: list[str],
+    weights: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> Stage:
+    """A module as a stage. An input is a shape, or (shape, dtype) where it is not of the module's own dtype."""
+    specs = {}
+    for name, given in inputs.items():
+        shape, kind = given if isinstance(given[-1], torch.dtype) else (given, dtype)
+        specs[name] = TensorSpec(tuple(shape), kind)
+    return trace_stage(StageSpec(module, specs, outputs), weights)
+
+
+def single(
+    module: nn.Module, inputs: dict, outputs: list[str] | None = None, dtype: torch.dtype = torch.float32
+) -> Program:
+    """A Program of one stage called ``toy``, for a pass to be run on; the pipeline cannot run it."""
+    weights: dict[str, Tensor] = {}
+    stage = trace(draw(module, dtype), inputs, outputs or ["y"], weights, dtype)
+    return Program({"toy": stage}, (Call("toy"),), weights, {}, {"torch_dtype": dtype}).drop_unused()
+
+
+def random_values(stage: Stage, sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, node in stage.input_nodes().items():
+        shape = [sizes[str(s)] if isinstance(s, sympy.Expr) else s for s in shape_of(node)]
+        kind = node.meta["dtype"]
+        if kind == torch.bool:
+            values[name] = torch.rand(shape, generator=g) > 0.5
+        elif kind.is_floating_point:
+            values[name] = torch.randn(shape, generator=g).to(kind)
+        else:
+            values[name] = torch.randint(0, 3, shape, generator=g)
+    return values
+
+
+def same(before: Program, after: Program, sizes: tuple = SIZES, stage: str = "toy") -> None:
+    """Both programs give the same, within the table of contracts, at every size; all-zero weights are drawn anew."""
+    weights = contracts.drawn_weights(before, 0)
+    for i, size in enumerate(sizes):
+        one, two = before.stages[stage], after.stages[stage]
+        values = random_values(one, size, seed=i)
+        expected = one.run(weights, values, keep_constants=False)
+        for name, value in two.replaced(two.graph).run(weights, values).items():
+            wanted = expected[name]
+            if value.dim() > 1 and value.shape[1] < wanted.shape[1]:
+                wanted = wanted[:, -value.shape[1] :]
+            assert contracts.difference(wanted, value) is None, (size, name)
+
+
+def ops_of(program: Program, stage: str = "toy") -> list[str]:
+    from mmopt.text import op_name
+
+    return [op_name(n) for n in program.stages[stage].graph.nodes if n.op == "call_function" and not n.meta["const"]]
+
+
+# --------------------------------------------------------------------------------------- a whole program to hold toys
+class Images(nn.Module):
+    """pixel_values ``[N, 3, 4, 4]`` -> image_rows ``[N, ROWS, D]``"""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(3 * PIXELS * PIXELS, ROWS * D)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.project(pixel_values.flatten(1)).view(-1, ROWS, D)
+
+
+class Embed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+INFO = {"image_id": -200, "rows_per_image": ROWS, "hidden_size": D, "vocab_size": VOCAB, "eos_ids": [2]}
+
+
+def chat(
+    language: nn.Module,
+    inputs: dict | None = None,
+    outputs: list[str] | None = None,
+    step: tuple[nn.Module, dict] | None = None,
+    last: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Program:
+    """A Program that the pipeline can check: images, embed, a toy ``language_model`` over chunks, a decode loop.
+
+    ``step`` (module, inputs) takes the language model's place in the loop. What a toy names like one of its inputs is
+    carried; ``last`` reads the logits (by default the greedy choice after the last row).
+    """
+    weights: dict[str, Tensor] = {}
+
+    def named(name: str, module: nn.Module, *args) -> Stage:
+        holder = Holder(name, draw(module, dtype, seed=len(weights)))
+        return trace(holder, *args, weights, dtype)
+
+    inputs = VISUAL_AND_TEXT if inputs is None else inputs
+    outputs = ["logits"] if outputs is None else outputs
+    stages = {
+        "images": named("images", Images(), {"pixel_values": ("N", 3, PIXELS, PIXELS)}, ["image_rows"]),
+        "embed": named("embed", Embed(), {"ids": (("B", "nt"), torch.int64)}, ["text"]),
+        "language_model": named("language_model", language, inputs, outputs),
+    }
+    loop = (Call("next_token"), Call("embed"), Call("language_model", {"visual": "no_visual"}))
+    if step is not None:
+        module, wanted = step
+        stages["step"] = named("step", module, wanted, ["logits"])
+        loop = (Call("next_token"), Call("step"))
+    rows = 1 if step is not None else "n"
+    stages["next_token"] = trace(last or NextToken([2]), {"logits": ("B", rows, VOCAB)}, ["ids", "done"], weights, dtype)
+    state = {"logits": (("B", 1, VOCAB), dtype)}
+    for s in stages.values():
+        for name, node in s.input_nodes().items():
+            if name in outputs and name not in state:
+                state[name] = (tuple(str(d) if isinstance(d, sympy.Expr) else d for d in shape_of(node)), dtype)
+    schedule = (
+        Call("images"),
+        Loop((Call("embed", {"ids": "chunk.ids"}), Call("language_model", {"visual": "chunk.visual"})), over="chunks"),
+        Loop(loop, trips="max_new_tokens", until="done"),
+    )
+    info = INFO | {"batch": 3, "images": 2, "context": 64, "torch_dtype": dtype}
+    return Program(stages, schedule, weights, state, info).drop_unused()
+
+
+class Holder(nn.Module):
+    """Puts a module under a name of its own, so that stages do not share the names of their weights."""
+
+    def __init__(self, name: str, module: nn.Module):
+        super().__init__()
+        self.name = name
+        self.add_module(name, module)
+
+    def forward(self, *args: Tensor):
+        return getattr(self, self.name)(*args)
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+class Function(nn.Module):
+    """A function of tensors, with the parts it needs as keyword arguments: ``Function(lambda m, x: m.a(x), a=...)``."""
+
+    def __init__(self, run, **parts: nn.Module | nn.Parameter):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Tensor):
+        return self.run(self, *args)
+
+
+def linear(out: int = D, bias: bool = True) -> nn.Linear:
+    return nn.Linear(D, out, bias=bias)
+
+
+class Routed(nn.Module):
+    """Each row through its own branch, then one projection and head for all: routing by modality in the small."""
+
+    def __init__(self):
+        super().__init__()
+        self.for_visual, self.for_text = linear(), linear()
+        self.shared, self.head = linear(), linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([visual, text], dim=1)
+        ones, zeros = (torch.full((p.shape[1],), v, dtype=torch.bool) for p, v in ((visual, True), (text, False)))
+        is_visual = torch.cat([ones, zeros])[None, :, None]
+        x = torch.where(is_visual, self.for_visual(x), self.for_text(x))
+        return self.head(F.silu(self.shared(x)))
+
+
+class Rows(nn.Module):
+    """Work row by row but for one attention over all rows, then a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (linear() for _ in range(4))
+        self.norm, self.up, self.head = nn.LayerNorm(D), linear(), linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([visual, text], dim=1)
+        x = x + self.o(ops.attention(self.q(x), self.k(x), self.v(x), 2, 2))
+        return self.head(x + F.silu(self.up(self.norm(x))))
+
+
+class Prefix(nn.Module):
+    """The prompt as three rows that a loop reads but does not change, and the state it starts from."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(1, 3, D))
+        self.head = linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([visual, text], dim=1)
+        prefix = ops.attention(self.queries.expand(x.shape[0], -1, -1), x, x, 2, 2)
+        return self.head(x[:, -1:]), prefix
+
+
+class Velocity(nn.Module):
+    """One step of a flow: the state attends to a prefix that stays the same from step to step."""
+
+    def __init__(self, layers: int = 2, gated: bool = False):
+        super().__init__()
+        self.into, self.out = nn.Linear(VOCAB, D), linear(VOCAB)
+        self.q, self.k, self.v = (nn.ModuleList(linear() for _ in range(layers)) for _ in range(3))
+        self.gates = nn.ParameterList(torch.zeros(1) for _ in range(layers)) if gated else None
+
+    def forward(self, state: Tensor, prefix: Tensor) -> Tensor:
+        x = self.into(state)
+        for i, (q, k, v) in enumerate(zip(self.q, self.k, self.v, strict=True)):
+            attended = ops.attention(q(x), k(prefix), v(prefix), 2, 2)
+            x = x + (attended if self.gates is None else torch.tanh(self.gates[i]) * attended)
+        return state + self.out(x)
+
+
+def flow(gated: bool = False, dtype: torch.dtype = torch.float32) -> Program:
+    """A program whose loop changes a state and reads a prefix."""
+    return chat(
+        Prefix(),
+        outputs=["logits", "prefix"],
+        step=(Velocity(gated=gated), {"logits": ("B", 1, VOCAB), "prefix": ("B", 3, D)}),
+        dtype=dtype,
+    )

@@ -1,8 +1,8 @@
 """Writes the graph of a stage as an ONNX graph, operator by operator, by a lowering table.
 
-A lowering is a dict: canonical operator -> function ``(emitter, node)`` that emits ONNX nodes and returns the name of the
-value (a tuple of names for an operator with several outputs). Sizes that are expressions of symbols become
-Shape / Gather / Add / Mul nodes on the stage's inputs. The same ONNX operator on the same inputs is emitted once.
+A lowering is a dict: canonical operator -> function ``(emitter, node)`` that emits ONNX nodes and returns the name of
+the value (a tuple of names for an operator with several outputs). Sizes that are expressions of symbols become Shape,
+Add and Mul nodes on the stage's inputs. The same ONNX operator on the same inputs is emitted once.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import onnx
 import sympy
 import torch
+from mmopt.exporters.weights import ONNX_TYPE, Weights, tensor_proto
 from onnx import TensorProto, helper
 from torch.fx import Node
 
-from mmopt.exporters.weights import ONNX_TYPE, Weights, tensor_proto
 from mmopt.graph import Size, is_const, shape_of, simplify
 from mmopt.program import Stage
 from mmopt.text import op_name
@@ -120,9 +120,9 @@ class Emitter:
         if isinstance(value, sympy.Add | sympy.Mul):
             kind = "Add" if isinstance(value, sympy.Add) else "Mul"
             total, *rest = sorted(value.args, key=lambda a: (isinstance(a, sympy.Integer), str(a)))
-            name = self.size(total)  # type: ignore[arg-type]
+            name = self.size(total)
             for term in rest:
-                name = self.op(kind, name, self.size(term))  # type: ignore[arg-type]
+                name = self.op(kind, name, self.size(term))
             return name
         raise self.error(f"size {value} cannot be written in ONNX")
 
@@ -137,7 +137,7 @@ class Emitter:
         0 stands for the size of old in the same place, -1 for the rest."""
         plain: list[Any] = [0 if i < len(old) and old[i] == s and is_free(s) else s for i, s in enumerate(sizes)]
         free = [i for i, s in enumerate(plain) if is_free(s)]
-        never_zero = all(s.is_positive for i, s in enumerate(sizes) if is_free(s) and i not in free)  # type: ignore[union-attr]
+        never_zero = all(s.is_positive for i, s in enumerate(sizes) if is_free(s) and i not in free)
         if old and len(free) == 1 and never_zero:
             plain[free[0]] = -1
             free = []

@@ -6,12 +6,27 @@ import operator
 from typing import Any
 
 import torch
+from mmopt.exporters.emit import Emitter, Rule
 from torch.fx import Node
 
-from mmopt.exporters.emit import Emitter, Rule
 from mmopt.graph import (
-    ADD, ARANGE, CAT, CONV2D, EMBEDDING, EXPAND, FULL, LAYER_NORM, MUL, PERMUTE, RESHAPE, RMS_NORM, ROTARY, SLICE,
-    WHERE, aten, shape_of,
+    ADD,
+    ARANGE,
+    CAT,
+    CONV2D,
+    EMBEDDING,
+    EXPAND,
+    FULL,
+    LAYER_NORM,
+    MUL,
+    PERMUTE,
+    RESHAPE,
+    RMS_NORM,
+    ROTARY,
+    SLICE,
+    WHERE,
+    aten,
+    shape_of,
 )  # fmt: skip
 
 
@@ -39,22 +54,22 @@ def silu(e: Emitter, n: Node) -> str:
 
 
 def to(e: Emitter, n: Node) -> str:
-    return e.cast(e.value(n.args[0]), e.dtype(n.args[0]), e.dtype(n))  # type: ignore[arg-type]
+    return e.cast(e.value(n.args[0]), e.dtype(n.args[0]), e.dtype(n))
 
 
 def reshape(e: Emitter, n: Node) -> str:
-    return e.op("Reshape", e.value(n.args[0]), e.shape(shape_of(n), shape_of(n.args[0])))  # type: ignore[arg-type]
+    return e.op("Reshape", e.value(n.args[0]), e.shape(shape_of(n), shape_of(n.args[0])))
 
 
 def slice_(e: Emitter, n: Node) -> str:
     x, dim, lo, hi, *step = n.args
     steps = [e.ints(step)] if step else []
-    return e.op("Slice", e.value(x), e.size(lo or 0), e.size(hi), e.ints([dim]), *steps)  # type: ignore[arg-type,list-item]
+    return e.op("Slice", e.value(x), e.size(lo or 0), e.size(hi), e.ints([dim]), *steps)
 
 
 def arange(e: Emitter, n: Node) -> str:
     lo, hi = n.args[:2]
-    counted = e.op("Range", e.scalar(lo), e.scalar(hi), e.scalar(1))  # type: ignore[arg-type]
+    counted = e.op("Range", e.scalar(lo), e.scalar(hi), e.scalar(1))
     return e.cast(counted, torch.int64, e.dtype(n))
 
 
@@ -66,36 +81,42 @@ def where(e: Emitter, n: Node) -> str:
     return e.op("Where", e.value(n.args[0]), e.operand(n.args[1], e.dtype(n)), e.operand(n.args[2], e.dtype(n)))
 
 
+def arguments(n: Node, required: int, *defaults: Any) -> tuple:
+    """The arguments of a node, with defaults for those at the end that are not given."""
+    return (*n.args, *defaults[len(n.args) - required :])
+
+
 def conv2d(e: Emitter, n: Node) -> str:
-    x, w, bias, stride, padding, dilation, groups = (*n.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(n.args) - 2 :])
+    x, w, bias, stride, padding, dilation, groups = arguments(n, 2, None, [1, 1], [0, 0], [1, 1], 1)
     ins = [e.value(x), e.value(w)] + ([] if bias is None else [e.value(bias)])
-    return e.op(
-        "Conv", *ins, strides=list(stride), pads=list(padding) * 2, dilations=list(dilation), group=groups  # type: ignore[call-overload,arg-type]
-    )  # fmt: skip
+    pads = list(padding) * 2
+    return e.op("Conv", *ins, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
 def argmax(e: Emitter, n: Node) -> str:
-    x, dim, keep = (*n.args, False)[:3]
-    return e.op("ArgMax", e.value(x), axis=dim, keepdims=int(keep))  # type: ignore[call-overload]
+    x, dim, keep = arguments(n, 1, None, False)
+    if dim is None:
+        raise e.error("argmax over all dimensions is not supported")
+    return e.op("ArgMax", e.value(x), axis=dim, keepdims=int(keep))
 
 
 def layer_norm(e: Emitter, n: Node) -> str:
-    x, size, gain, bias, eps = (*n.args, *(None, None, 1e-5)[max(len(n.args) - 2, 0) :])[:5]
+    x, size, gain, bias, eps = arguments(n, 2, None, None, 1e-5)[:5]
     ins = [e.value(x), gain_of(e, n, gain)] + ([] if bias is None else [e.value(bias)])
-    return e.op("LayerNormalization", *ins, axis=-len(size), epsilon=eps)  # type: ignore[arg-type]
+    return e.op("LayerNormalization", *ins, axis=-len(size), epsilon=eps)
 
 
 def gain_of(e: Emitter, n: Node, gain: Any) -> str:
     """The gain of a norm; ones where a pass moved it elsewhere."""
     if gain is not None:
         return e.operand(gain, e.dtype(n))
-    return e.constant(torch.ones([int(s) for s in n.args[1]], dtype=e.dtype(n)))  # type: ignore[union-attr]
+    return e.constant(torch.ones([int(s) for s in n.args[1]], dtype=e.dtype(n)))
 
 
 def rms_norm(e: Emitter, n: Node) -> str:
-    x, size, gain, eps = (*n.args, *(None, None)[len(n.args) - 2 :])
-    eps = torch.finfo(n.meta["dtype"]).eps if eps is None else float(eps)  # type: ignore[arg-type]
-    return e.op("RMSNormalization", e.value(x), gain_of(e, n, gain), axis=-len(size), epsilon=eps)  # type: ignore[arg-type]
+    x, size, gain, eps = arguments(n, 2, None, None)
+    eps = torch.finfo(n.meta["dtype"]).eps if eps is None else float(eps)
+    return e.op("RMSNormalization", e.value(x), gain_of(e, n, gain), axis=-len(size), epsilon=eps)
 
 
 def rotary(e: Emitter, n: Node) -> str:
@@ -103,16 +124,16 @@ def rotary(e: Emitter, n: Node) -> str:
     return e.op("RotaryEmbedding", e.value(x), e.operand(cos, e.dtype(n)), e.operand(sin, e.dtype(n)), num_heads=heads)
 
 
-def attention_args(n: Node) -> tuple[Node, Node, Node, int, int, Node | None, bool, float]:
+def attention_args(n: Node) -> tuple[Any, ...]:
     """q, k, v, heads, kv_heads, key_mask, causal, scale."""
-    q, k, v, heads, kv_heads, key_mask, causal, scale = (*n.args, *(None, False, None)[len(n.args) - 5 :])
-    return q, k, v, heads, kv_heads, key_mask, causal, _scale(q, heads, scale)  # type: ignore[return-value]
+    q, k, v, heads, kv_heads, key_mask, causal, scale = arguments(n, 5, None, False, None)
+    return q, k, v, heads, kv_heads, key_mask, causal, _scale(q, heads, scale)
 
 
-def cached_attention_args(n: Node) -> tuple[Node, Node, Node, Node, Node, Node, int, int, float]:
+def cached_attention_args(n: Node) -> tuple[Any, ...]:
     """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = (*n.args, None)[:9]
-    return q, k, v, key_cache, value_cache, past, heads, kv_heads, _scale(q, heads, scale)  # type: ignore[return-value]
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = arguments(n, 8, None)
+    return q, k, v, key_cache, value_cache, past, heads, kv_heads, _scale(q, heads, scale)
 
 
 def _scale(q: Any, heads: Any, scale: Any) -> float:
@@ -132,12 +153,12 @@ def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: 
 
 
 PLAIN: dict[Any, Rule] = {
-    operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],  # type: ignore[index]
+    operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],
     RESHAPE: reshape,
-    PERMUTE: lambda e, n: e.op("Transpose", e.value(n.args[0]), perm=list(n.args[1])),  # type: ignore[arg-type]
+    PERMUTE: lambda e, n: e.op("Transpose", e.value(n.args[0]), perm=list(n.args[1])),
     EXPAND: lambda e, n: e.op("Expand", e.value(n.args[0]), e.shape(shape_of(n))),
     SLICE: slice_,
-    CAT: lambda e, n: e.op("Concat", *(e.operand(a, e.dtype(n)) for a in n.args[0]), axis=n.args[1]),  # type: ignore[union-attr]
+    CAT: lambda e, n: e.op("Concat", *(e.operand(a, e.dtype(n)) for a in n.args[0]), axis=n.args[1]),
     FULL: full,
     ARANGE: arange,
     WHERE: where,

@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
-
 from mmopt.exporters.emit import CONTRIB, Emitter, Rule
 from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, cached_attention_args
+from torch.fx import Node
+
 from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, MUL, aten, shape_of
 
 
@@ -55,13 +55,14 @@ def linear(e: Emitter, n: Node) -> str:
 
 
 def mul(e: Emitter, n: Node) -> str:
-    """x sigmoid(a x) is one operator; the product and sigmoid emitted before are left out if nothing else reads them."""
+    """x sigmoid(a x) is one operator; what was emitted for the sigmoid is left out if nothing else reads it."""
     for x, gate in (n.args[:2], n.args[1::-1]):
         if isinstance(gate, Node) and gate.target is aten.sigmoid.default:
             inner = gate.args[0]
             if inner is x:
                 return e.op("QuickGelu", e.value(x), domain=CONTRIB, alpha=1.0)
-            if isinstance(inner, Node) and inner.target is MUL and inner.args[0] is x and isinstance(inner.args[1], float):
+            scaled = isinstance(inner, Node) and inner.target is MUL and inner.args[0] is x
+            if scaled and isinstance(inner.args[1], float):
                 return e.op("QuickGelu", e.value(x), domain=CONTRIB, alpha=inner.args[1])
     return PLAIN[MUL](e, n)
 

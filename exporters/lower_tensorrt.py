@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
-
 from mmopt.exporters.emit import Emitter, Rule
 from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, cached_attention_args
+from torch.fx import Node
+
 from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, shape_of
 
 
@@ -44,8 +44,8 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
 def attention(e: Emitter, n: Node) -> str:
     q, k, v, heads, kv_heads, key_mask, causal, scale = attention_args(n)
     mask = attention_mask(e, q, k, key_mask, causal)
-    masks = [] if mask is None else [mask]
-    out = e.op("Attention", heads_of(e, q, heads), heads_of(e, k, kv_heads), heads_of(e, v, kv_heads), *masks, scale=scale)
+    ins = [heads_of(e, q, heads), heads_of(e, k, kv_heads), heads_of(e, v, kv_heads)]
+    out = e.op("Attention", *ins, *([] if mask is None else [mask]), scale=scale)
     return flat(e, out, int(shape_of(q)[-1]))
 
 

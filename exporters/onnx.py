@@ -1,4 +1,4 @@
-"""export(program, out): an engine directory of ONNX graphs, one weights file, program.json and the tokenizer."""
+"""export(program, out): an engine directory of ONNX graphs, their weights, program.json and the tokenizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 import onnx
 import torch
+from mmopt.exporters.compare import compare_with_program, why_not_compared
+from mmopt.exporters.emit import Emitter, ExportError, output_name, plain_shape
+from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256
 
 from mmopt.checkpoint import DTYPES
-from mmopt.exporters.emit import Emitter, ExportError, output_name, plain_shape
-from mmopt.exporters.weights import FILE, Progress, Weights
 from mmopt.graph import shape_of
 from mmopt.program import Loop, Program, Stage
 
@@ -35,8 +36,22 @@ def export(
     reports: Iterable[Any] = (),
     progress: Progress | None = None,
     check: bool = True,
+    gate: bool = True,
 ) -> Path:
-    """Write `program` as an engine directory and return its path."""
+    """Write `program` as an engine directory `out` and return its path.
+
+    `target` is "onnx" (for ONNX Runtime; float32 unless `dtype` says otherwise) or "tensorrt" (standard ONNX operators;
+    the dtype of the program). Each weight is stored once and streamed: no second copy is held in memory. `weights`
+    "link" leaves weights that no pass changed, and that need no cast, in the checkpoint's own safetensors files, which
+    are hard-linked into the directory (copied where the file system has no links). `reports` of passes go into
+    program.json; `progress` is told in words what is being done.
+
+    `check` runs the ONNX checker and, where that is affordable, compares the graphs in ONNX Runtime with the Program.
+    `gate` parses and builds the "tensorrt" target if TensorRT for RTX is installed. program.json says what was checked.
+
+    The directory appears whole or not at all; one made by an earlier export is replaced. Raises ExportError (an option
+    or operator that is not supported, a directory of other content, graphs that differ from the Program) and GateError.
+    """
     out = Path(out)
     if target not in TARGETS:
         raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
@@ -46,12 +61,22 @@ def export(
         raise ExportError("this Program has shapes only, no weights: there is nothing to export")
     kind = _dtype(program, target, dtype)
     _refuse_foreign(out)
+    tell = progress or (lambda text: None)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _fill(partial, program, target, kind, weights, list(reports), progress, check)
+        facts, linked = _write(partial, program, target, kind, weights, tell)
+        facts["reports"] = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in reports]
+        if check:
+            _check(partial, facts, linked, tell)
+        for file, source in linked.items():
+            bring(source, partial / file)
+        facts["checked"] = _compare(partial, program, facts, tell) if check else {}
+        if target == "tensorrt":
+            facts["checked"]["tensorrt"] = _gate(partial, facts, tell) if gate else "not asked for"
+        _save(partial, facts)
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,8 +97,9 @@ def _refuse_foreign(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        ours = "schema" in json.loads((out / "program.json").read_text()) and out.is_dir()
-    except (OSError, ValueError):
+        facts = json.loads((out / "program.json").read_text())
+        ours = "schema" in facts and "mmopt" in facts
+    except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
         raise ExportError(f"{out}: exists and is not an engine directory; name another one or remove it")
@@ -87,49 +113,55 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(
-    directory: Path, program: Program, target: str, dtype: torch.dtype, weights: str, reports: list, progress: Any, check: bool
-) -> None:
+def _write(
+    directory: Path, program: Program, target: str, dtype: torch.dtype, weights: str, tell: Progress
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Graphs, weights and tokenizer; returns what program.json says of them, and the files that are still to be linked."""
     if target == "onnx":
         from mmopt.exporters.lower_onnxruntime import RULES
     else:
         from mmopt.exporters.lower_tensorrt import RULES
     store = Weights(program, dtype)
     stages = {name: s for name, s in program.stages.items() if not set(s.outputs) <= HOST_VALUES}
-    protos = {name: Emitter(name, stage, RULES, store).run() for name, stage in stages.items()}
+    protos = {}
+    for name, stage in stages.items():
+        tell(f"graph of {name}")
+        protos[name] = Emitter(name, stage, RULES, store).run()
+    external = [i for p in protos.values() for i in p.graph.initializer if i.data_location == i.EXTERNAL]
+    store.keep({i.name for i in external})
     checkpoint = program.info.get("directory")
-    linked = store.link(Path(checkpoint), directory) if weights == "link" and checkpoint else []
+    linked = {}
+    if weights == "link" and checkpoint:
+        tell("comparing with the checkpoint's weights")
+        linked = store.link(Path(checkpoint))
     header = store.layout()
+    for initializer in external:
+        store.place(initializer)
     listed = {}
     for name, proto in protos.items():
-        for initializer in proto.graph.initializer:
-            if initializer.data_location == onnx.TensorProto.EXTERNAL:
-                store.place(initializer)
         data = proto.SerializeToString()
         (directory / f"{name}.onnx").write_bytes(data)
         listed[name] = _describe(name, stages[name], store, hashlib.sha256(data).hexdigest())
-    written = store.write(directory / FILE, header, progress)
-    if check:
-        for name in protos:
-            onnx.checker.check_model(str(directory / f"{name}.onnx"))
-    info = program.info
+    files = store.write(directory / FILE, header, tell)
+    if linked:
+        files["linked"] = [{"file": f, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for f, p in linked.items()]
+    left_out = ("torch_dtype", "dtype", "processing", "directory")
     facts = {
         "schema": SCHEMA,
         "mmopt": _version("mmopt"),
         "versions": {p: _version(p) for p in ("torch", "onnx", "onnxruntime")},
         "target": target,
         "dtype": _name(dtype),
-        "info": {k: v for k, v in info.items() if k not in ("torch_dtype", "dtype", "processing", "directory")},
+        "info": {k: v for k, v in program.info.items() if k not in left_out},
         "stages": listed,
         "schedule": [_item(i) for i in program.schedule],
         "state": {
             k: {"shape": list(shape), "dtype": _name(store.exported(d))} for k, (shape, d) in program.state.items()
         },
-        "weights": written | ({"linked": linked} if linked else {}),
-        "processing": {**info.get("processing", {}), "tokenizer": _tokenizer(checkpoint, directory)},
-        "reports": [dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in reports],  # type: ignore[arg-type]
+        "weights": files,
+        "processing": {**program.info.get("processing", {}), "tokenizer": _tokenizer(checkpoint, directory)},
     }
-    (directory / "program.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False))
+    return facts, linked
 
 
 def _describe(name: str, stage: Stage, store: Weights, digest: str) -> dict[str, Any]:
@@ -149,6 +181,46 @@ def _item(item: Any) -> dict[str, Any]:
     if isinstance(item, Loop):
         return {"loop": [_item(c) for c in item.body], "over": item.over, "trips": item.trips, "until": item.until}
     return {"call": item.stage, "rename": dict(item.rename)}
+
+
+def _check(directory: Path, facts: dict[str, Any], linked: dict[str, Path], tell: Progress) -> None:
+    """The ONNX checker, which refuses hard links: empty files of the right size stand in for those to be linked."""
+    for file, source in linked.items():
+        with open(directory / file, "wb") as f:
+            f.truncate(source.stat().st_size)
+    for stage in facts["stages"].values():
+        tell(f"checking {stage['file']}")
+        try:
+            onnx.checker.check_model(str(directory / stage["file"]))
+        except onnx.checker.ValidationError as e:
+            raise ExportError(f"{stage['file']}: the ONNX checker refuses it: {e}") from e
+    for file in linked:
+        (directory / file).unlink()
+
+
+def _compare(directory: Path, program: Program, facts: dict[str, Any], tell: Progress) -> dict[str, str]:
+    skipped = why_not_compared(program, facts)
+    if skipped is None:
+        tell("comparing with the program")
+        found = compare_with_program(directory, program, facts)
+        if found is not None:
+            raise ExportError(f"the graphs do not give what the Program gives: {found}")
+    return {"onnx": "passed", "program": f"not compared: {skipped}" if skipped else "equal"}
+
+
+def _gate(directory: Path, facts: dict[str, Any], tell: Progress) -> str:
+    from mmopt.exporters.tensorrt import MISSING, GateError, available, check_stages
+
+    if not available():
+        return f"not checked: {MISSING}"
+    findings = check_stages(directory, facts, tell=tell)
+    if findings:
+        raise GateError(findings)
+    return "parsed and built"
+
+
+def _save(directory: Path, facts: dict[str, Any]) -> None:
+    (directory / "program.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _tokenizer(checkpoint: str | None, directory: Path) -> str | None:

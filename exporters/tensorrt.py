@@ -41,30 +41,36 @@ def available() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def check_engine(directory: str | Path, build: bool = True, tell: Callable[[str], None] | None = None) -> list[Finding]:
-    """Parse, and if `build` also build, each stage of an engine directory; returns what was refused (nothing: all is well).
+def check_engine(directory: str | Path, build: bool = True) -> list[Finding]:
+    """Parse, and if `build` also build, each stage of an engine directory; returns what was refused.
 
     Raises ImportError without TensorRT for RTX.
     """
+    directory = Path(directory)
+    return check_stages(directory, json.loads((directory / "program.json").read_text(encoding="utf-8")), build)
+
+
+def check_stages(
+    directory: Path, facts: dict[str, Any], build: bool = True, tell: Callable[[str], None] = lambda text: None
+) -> list[Finding]:
+    """As `check_engine`; `facts` is what program.json holds or will hold."""
     try:
         import tensorrt_rtx as trt
     except ImportError as e:
         raise ImportError(MISSING) from e
-    directory = Path(directory)
-    facts = json.loads((directory / "program.json").read_text())
     findings = []
     for name, stage in facts["stages"].items():
-        if tell:
-            tell(f"TensorRT: {name}")
-        findings += _check_stage(trt, directory / stage["file"], name, stage, profiles(stage["inputs"], facts["info"]), build)
+        tell(f"TensorRT: parsing and building {name}")
+        shapes = profiles(stage["inputs"], facts["info"])
+        findings += _check_stage(trt, directory / stage["file"], name, stage, shapes, build)
     return findings
 
 
 def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, list[tuple[int, ...]]]]:
     """Optimization profiles of a stage: input -> its least, usual and largest shape.
 
-    A stage with a cache, whose rows together must not exceed its capacity, gets three: a prompt with images, one of text
-    alone (one sample each), and decode (one row of each sample).
+    A stage with a cache, whose rows together must not exceed its capacity, gets three: a prompt with images, one of
+    text alone (one sample each), and decode (one row of each sample).
     """
     batch, context, images = info["batch"], info["context"], max(1, info["images"]) * info["batch"]
     visual = min(info["images"] * info["rows_per_image"], context - 1)
@@ -105,9 +111,8 @@ def _check_stage(trt: Any, path: Path, name: str, stage: dict, shapes: list, bui
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return [Finding(name, e.node_name() or "?", e.node_operator() or "?", e.desc()) for e in errors] or [
-            Finding(name, "?", "?", "; ".join(said) or "the parser gives no reason")
-        ]
+        found = [Finding(name, e.node_name() or "?", e.node_operator() or "?", e.desc()) for e in errors]
+        return found or [Finding(name, "?", "?", "; ".join(said) or "the parser gives no reason")]
     if not build:
         return []
     for i in range(network.num_layers):  # float32 attention has no kernel of its own; it may be taken apart
@@ -125,7 +130,7 @@ def _check_stage(trt: Any, path: Path, name: str, stage: dict, shapes: list, bui
                 profile.set_shape(input_name, least, usual, largest)
             config.add_optimization_profile(profile)
     if builder.build_serialized_network(network, config) is None:
-        return [_build_finding(name, m, network) for m in said] or [Finding(name, "?", "?", "the builder gives no reason")]
+        return [_build_finding(name, m, network) for m in said or ["the builder gives no reason"]]
     return []
 
 

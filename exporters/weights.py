@@ -1,8 +1,8 @@
 """The constants of a bundle, each stored once, and the safetensors file they are streamed into.
 
-ONNX graphs refer to a safetensors file as external data: a tensor's offset is 8 + the header's length + its data offset.
-Nothing is held in memory: a constant that a pass left as an expression of weights is evaluated when its turn comes to be
-written, and freed. Weights that nobody changed can stay in the checkpoint's own file.
+ONNX graphs refer to a safetensors file as external data: the offset of a tensor is 8 + the length of the header + its
+data offset. Nothing is held in memory: a constant that a pass left as an expression of weights is evaluated when its
+turn comes to be written, and freed. Weights that nobody changed can stay in the checkpoint's own file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Constant:
 
 
 class Weights:
-    """Collects the constants of all stages by what they compute: equal expressions of equal weights are one constant."""
+    """Collects the constants of all stages. Equal expressions of the same weights are one constant."""
 
     def __init__(self, program: Program, dtype: torch.dtype):
         self.program, self.dtype = program, dtype
@@ -80,14 +80,14 @@ class Weights:
         return list(self.constants)
 
     def add(self, node: Node) -> tuple[str, TensorProto | None]:
-        """The name of a constant node; scalars and short lists of integers come with their data, to stand in the graph."""
+        """The name of a constant node; scalars and short lists of integers come with data, to stand in the graph."""
         key = self._identity(node)
         if key in self._inline:
             return self._inline[key]
         if key not in self._names:
             dtype, shape = self.exported(node.meta["dtype"]), shape_of(node)
             name = self._name(node)
-            size = torch.Size(shape).numel()  # type: ignore[arg-type]
+            size = torch.Size(shape).numel()
             if size <= 1 or (len(shape) == 1 and size <= 64 and not dtype.is_floating_point):
                 self._inline[key] = name, tensor_proto(name, self.value(node).to(dtype))
                 return self._inline[key]
@@ -151,7 +151,11 @@ class Weights:
                 w = self._weight(node)
                 key = (w.data_ptr(), tuple(w.shape), w.stride(), w.dtype)
             else:
-                args = torch.fx.node.map_aggregate(node.args, lambda a: f"#{self._identity(a)}" if isinstance(a, Node) else a)
+
+                def label(a: Any) -> Any:
+                    return f"#{self._identity(a)}" if isinstance(a, Node) else a
+
+                args = torch.fx.node.map_aggregate(node.args, label)
                 key = (str(node.target), repr(args), repr(node.meta["shape"]), repr(node.meta["dtype"]))
             self._node_ids[node] = self._ids.setdefault(key, len(self._ids))
         return self._node_ids[node]
@@ -177,24 +181,20 @@ class Weights:
         return name
 
     # ---------------------------------------------------------------------------------------------------------- files
-    def link(self, checkpoint: Path, directory: Path) -> list[dict]:
-        """Let unchanged weights refer to the checkpoint's safetensors files, brought into `directory` without a copy."""
-        linked = []
+    def link(self, checkpoint: Path) -> dict[str, Path]:
+        """Let unchanged weights refer to the checkpoint's safetensors files; returns these by their names in the bundle."""
+        linked = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
             header, start = read_header(path)
-            found = {}
-            for name, c in self.constants.items():
-                entry = header.get(name)
-                if c.node.op == "get_attr" and c.file == FILE and entry is not None and self._unchanged(c, path, entry, start):
-                    found[name] = entry
+            here = {name: c for name, c in self.constants.items() if c.node.op == "get_attr" and name in header}
+            found = {name: header[name] for name, c in here.items() if self._unchanged(c, path, header[name], start)}
             if not found:
                 continue
             file = path.name if path.name != FILE else "checkpoint." + FILE
-            bring(path, directory / file)
+            linked[file] = path
             for name, entry in found.items():
                 self.constants[name].file = file
                 self.constants[name].offset = start + entry["data_offsets"][0]
-            linked.append({"file": file, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
         return linked
 
     def _unchanged(self, c: Constant, path: Path, entry: dict, start: int) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from mmopt import memory as memory_of
 from mmopt.baselines import ROUTINGS, Shared
@@ -33,12 +34,12 @@ NOTES = (
     "eager: plain torch code, the better of the two baselines for each stage; both are static in shape and write their "
     "caches in place. routed: branches chosen by compare, nonzero, gather and scatter, as reference implementations "
     "do, head on all rows. known: each branch on its slice of the rows, head on the last row.",
-    "compiled: torch.compile with freezing of that baseline. optimized: the optimized graphs in torch, caches in place.",
+    "compiled: eager through torch.compile with freezing. optimized: the optimized graphs in torch, caches in place.",
     "engine: ONNX Runtime. It and optimized run a prompt chunk by chunk (text before the image first), a baseline "
     "runs it in one call.",
     "total: encode + prefill + new_tokens x decode, added up within each round.",
     "Shares of limits count the work of the optimized program for every variant: its FLOPs, its weights read and the "
-    "cache rows read. Bandwidth is the best of reading (sum) and copying (both directions counted), products are square.",
+    "cache rows read. Bandwidth is the best of reading (a sum) and of copying, both directions counted.",
     "Memory: peak of anonymous memory in a process of its own, above that process after its imports, weights included.",
 )
 
@@ -67,7 +68,7 @@ def bench(
     tell = progress or (lambda now: None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _in_dtype(model, torch.float32 if place.type == "cpu" else torch.bfloat16)
-    before = torch.get_num_threads()
+    before, freezing = torch.get_num_threads(), torch._inductor.config.freezing
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as directory, torch.no_grad():
@@ -76,6 +77,7 @@ def bench(
             )
     finally:
         torch.set_num_threads(before)
+        torch._inductor.config.freezing = freezing
 
 
 def _bench(

@@ -148,9 +148,12 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json and its weights")
     try:
-        return json.loads(path.read_text())
+        read = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(read, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(read).__name__}")
+    return read
 
 
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -185,9 +188,12 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        read = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:  # each reader has its own error types; the file's name must be in the message
         raise CheckpointError(f"{path}: cannot be read as weights ({type(e).__name__}: {e})") from e
+    if not isinstance(read, dict) or not all(isinstance(v, torch.Tensor) for v in read.values()):
+        raise CheckpointError(f"{path}: expected tensors by name, as a state dict is saved, found other values")
+    return read
 
 
 def _assign(family: Family, config: Any, module: nn.Module, tensors: dict, directory: Path) -> None:

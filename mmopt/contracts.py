@@ -38,11 +38,14 @@ class Difference:
 
 
 def drawn_weights(program: Program, seed: int) -> dict[str, Tensor]:
-    """The weights; those that are all zero are drawn anew: a gate that starts at zero would hide what lies behind."""
+    """The weights; those that are all zero or all one are drawn anew.
+
+    A gate that starts at zero would hide what lies behind it, a gain of one that it was forgotten.
+    """
     g = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, w in program.weights.items():
-        if w.is_floating_point() and not bool(w.any()):
+        if w.is_floating_point() and any(bool((w == v).all()) for v in (0, 1)):
             w = (torch.randn(w.shape, generator=g) * 0.5).to(w.dtype)
         drawn[name] = w
     return drawn
@@ -120,28 +123,29 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
         for stage, name, _, value in record(before, weights, inputs):
             reference[key(stage, name, counts)] = value
         counts = {}
-        matched = 0
+        missing = dict(reference)
         for stage, name, node, value in record(after, weights, inputs):
-            expected = reference.get(key(stage, name, counts))
-            if expected is None:
+            place = key(stage, name, counts)
+            missing.pop(place, None)
+            if place not in reference:
                 continue
-            matched += 1
+            expected = reference[place]
             if value.dim() > 1 and value.shape[1] < expected.shape[1]:
                 expected = expected[:, -value.shape[1] :]
             found = difference(expected, value)
             if found is not None:
                 return Difference(stage, name, node, *found)
-        if not matched:
-            return Difference("-", "-", "-", float("inf"), 0.0)
+        for stage, name, _ in missing:
+            return Difference(stage, name, "no longer made", float("inf"), 0.0)
     return None
 
 
 def difference(expected: Tensor, value: Tensor) -> tuple[float, float] | None:
     """(error, allowed) if two values differ by more than the table allows for their dtype."""
-    if expected.shape != value.shape:
+    if expected.shape != value.shape or expected.dtype != value.dtype:
         return float("inf"), 0.0
     if not expected.is_floating_point():
-        return None if expected.dtype != torch.float32 and torch.equal(expected, value) else (float("inf"), 0.0)
+        return None if torch.equal(expected, value) else (float("inf"), 0.0)
     if expected.numel() == 0:
         return None
     e, v = expected.double(), value.double()

@@ -195,8 +195,9 @@ class Decoder:
             raise
         finally:
             with self._pool_lock:
-                if sound and len(self._pool) < POOLED:
+                if sound:
                     self._pool.append(cache)
+                    del self._pool[:-POOLED]
 
 
 def _one_after_the_other(images: Sequence[Tensor]) -> Tensor:

@@ -182,6 +182,10 @@ class Program:
         if not self.has_weights:
             raise ValueError("this Program has shapes only, no weights: it can be optimized and inspected, not run")
         chunks = plan(prompts, self.info, max_new_tokens)
+        wanted = sum(len(c.images) for c in chunks)
+        given = 0 if pixel_values is None else len(pixel_values)
+        if wanted > given:
+            raise ValueError(f"the prompts have {wanted} image markers, but pixel_values holds {given} images")
         sizes = {"B": len(prompts)}
         values: dict[str, Any] = {
             k: torch.zeros([sizes.get(s, s) if isinstance(s, str) else s for s in shape], dtype=dtype)
@@ -216,8 +220,6 @@ class Program:
         local = {k: v[lane] if k in self.state else v for k, v in values.items()}
         width = self.info["hidden_size"]
         if chunk.images:
-            if "image_rows" not in values:
-                raise ValueError("the prompt has an image marker, but no pixel_values were given")
             visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
         else:
             visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])

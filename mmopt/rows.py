@@ -109,7 +109,11 @@ class Seams:
         if n.target is WHERE and (choice := uniform(args[0])) is not None:
             self.routes += 2
             self.splits += 1
-            return self.b.emit(EXPAND, (self.join(args[1 if choice else 2]), shape_of(n)), shape_of(n), n.meta["dtype"])
+            chosen = args[1 if choice else 2]
+            whole = self.join(chosen)
+            if shape_of(whole) == shape_of(n):
+                return chosen
+            return self.b.emit(EXPAND, (whole, shape_of(n)), shape_of(n), n.meta["dtype"])
         if not seams:
             return self.b.copy(n, tuple(args))
         i, seam = seams[0]

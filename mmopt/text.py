@@ -43,11 +43,20 @@ def stage_text(stage: Stage) -> str:
 
     for name, n in stage.input_nodes().items():
         names[n] = name
-    for n in stage.graph.nodes:
+
+    def write(n: Node) -> None:
+        """One line; before it those of the constants that it is the first to read."""
+        for a in n.all_input_nodes:
+            if a.op == "call_function" and a not in names:
+                write(a)
         if n.op == "call_function":
             names[n] = str(len(names))
             const = "const " if n.meta["const"] else ""
             lines.append(f"  %{names[n]} = {const}{op_name(n)}({', '.join(arg(a) for a in n.args)}) -> {_shape(n)}")
+
+    for n in stage.graph.nodes:
+        if n.op == "output" or (n.op == "call_function" and not n.meta["const"]):
+            write(n)
     ins = ", ".join(f"{name}{_shape(n)}" for name, n in stage.input_nodes().items())
     outs = ", ".join(f"{name}={arg(n)}" for name, n in stage.output_nodes().items())
     return f"({ins}):\n" + "\n".join([*lines, f"  return {outs}"])

@@ -1,4 +1,4 @@
-"""What a benchmark times: the same stages on the same inputs, in torch or in an engine. Torch is imported where used."""
+"""What a benchmark times: the same stages on the same inputs, in torch or in an engine. No torch until it is needed."""
 
 from __future__ import annotations
 
@@ -99,28 +99,23 @@ class TorchStages:
             for k, (shape, kind) in program.state.items()
         }
         self.values["pixel_values"] = torch.from_numpy(inputs.pixels).to(self.device, dtype)
-        text, lead = len(inputs.ids), inputs.leading
-        chunks = [(0, inputs.ids[:lead], 0), (inputs.image_rows, inputs.ids[lead:], lead)]
+        lead = inputs.leading
+        # image rows, ids, rows in the caches, ids that stand before the image
+        chunks = [(0, inputs.ids[:lead], 0, 0), (inputs.image_rows, inputs.ids[lead:], lead, 0)]
         if routing is not None:
-            chunks = [(inputs.image_rows, inputs.ids, 0)]
+            chunks = [(inputs.image_rows, inputs.ids, 0, lead)]
         encode = [c.stage for c in program.schedule if not hasattr(c, "body")]
         body = [c.stage for loop in program.schedule if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
         self.steps: dict[str, list[Step]] = {
             "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
-            "prefill": [
-                self._chunk(program, s, c, shared, routing, lead if routing and text else 0)
-                for c in chunks
-                for s in body
-            ],
-            "decode": [self._chunk(program, s, (0, [inputs.token], inputs.filled), shared, routing, 0) for s in body],
+            "prefill": [self._chunk(program, s, c, shared, routing) for c in chunks for s in body],
+            "decode": [self._chunk(program, s, (0, [inputs.token], inputs.filled, 0), shared, routing) for s in body],
         }
 
-    def _chunk(
-        self, program: Program, stage: str, chunk: Any, shared: Shared, routing: str | None, leading: int
-    ) -> Step:
+    def _chunk(self, program: Program, stage: str, chunk: tuple, shared: Shared, routing: str | None) -> Step:
         import torch
 
-        rows, ids, past = chunk
+        rows, ids, past, leading = chunk
         width, dtype = program.info["hidden_size"], program.info["torch_dtype"]
         fixed: dict[str, Any] = {
             "ids": torch.tensor([ids], device=self.device),
@@ -142,9 +137,14 @@ class TorchStages:
         return Step(name, module, [fixed.get(i, i) for i in stage.inputs], outputs, heavy)
 
     def compile(self) -> None:
-        """torch.compile with freezing for every module that has a product; the first run of each stage compiles it."""
-        import torch
+        """torch.compile with freezing for every module that has a product; the first run of each stage compiles it.
 
+        Freezing is set for the whole process: it has to hold while modules are traced, not only in the compiler.
+        """
+        import torch
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
         for steps in self.steps.values():
             for s in steps:
                 if s.heavy:
@@ -158,9 +158,8 @@ class TorchStages:
     def run_all(self) -> TorchStages:
         """Each stage twice: the first run compiles what has to be compiled."""
         import torch
-        import torch._inductor.config
 
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        with torch.no_grad():
             for stage in STAGES * 2:
                 self.run(stage)
         return self

@@ -47,7 +47,7 @@ class DropUnreadRows(Pass):
         for reader, value in found:
             node = program.stages[reader].input_nodes()[value]
             for user in node.users:
-                if user.target is not SLICE:
+                if user.target is not SLICE or len(user.args) != 4:
                     return f"{reader} reads all of it"
                 dim, lo, hi = user.args[1:4]
                 size = shape_of(node)[dim]

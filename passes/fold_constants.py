@@ -17,27 +17,30 @@ from mmopt.rewriting import Pass, Report
 
 class FoldConstants(Pass):
     def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
-        graph = self.slice_weights(graph, stage, report)
-        return self.share_norms(graph, stage, report)
+        made = self.share_norms(self.slice_weights(graph, stage, report), stage, report)
+        if made is graph:
+            report.skip(stage, "no slices of projections, no norms of the same rows")
+        return made
 
     def slice_weights(self, graph: Graph, stage: str, report: Report) -> Graph:
         """reshape(slice(reshape(W x, [.., a, s, c]), i), [.., a c]) = W[:, i] x"""
+        slices = {n: linear for n in graph.nodes if (linear := sliced_projection(n)) is not None}
+        apart = {linear for linear in slices.values() if read_in_slices(linear, slices)}
+        for linear in dict.fromkeys(slices.values()):
+            others = [u for u in linear.args[1].users if not u.meta.get("const") and u not in apart]
+            if linear not in apart or others:
+                report.skip(stage, f"{linear.name} or its weight is read whole too: a slice would be stored twice")
+                slices = {n: found for n, found in slices.items() if found is not linear}
         count = 0
 
         def visit(b: Builder, n: Node, args: tuple) -> Node | None:
             nonlocal count
-            if n.target is not RESHAPE or args[0].target is not SLICE:
+            if n not in slices:
                 return None
-            cut = args[0]
-            wide, dim, lo, hi = cut.args
-            if wide.target is not RESHAPE or wide.args[0].target is not LINEAR:
-                return None
+            wide, dim, lo, hi = args[0].args
             x, w, bias = (*wide.args[0].args, None)[:3]
-            rows, shape = shape_of(x)[:-1], shape_of(wide)
-            r = len(rows)
-            if shape[:r] != rows or dim < r or shape_of(n)[:r] != rows or len(shape_of(n)) != r + 1:
-                return None
-            inner = tuple(shape[r:])
+            r = len(shape_of(x)) - 1
+            inner = tuple(shape_of(wide)[r:])
 
             def ordered(weight: Node) -> Node:
                 tail = shape_of(weight)[1:]
@@ -58,7 +61,13 @@ class FoldConstants(Pass):
         for n in graph.nodes:
             if n.target is LAYER_NORM and not n.meta["const"] and len(n.args) > 2 and n.args[2] is not None:
                 norms.setdefault((n.args[0], n.args[1], n.args[4]), []).append(n)
-        shared = {n for group in norms.values() if len(group) > 1 for n in group if all(map(foldable, n.users))}
+        shared = set()
+        for group in norms.values():
+            free = [n for n in group if all(map(foldable, n.users))]
+            if len(free) > 1:
+                shared.update(free)
+            elif len(group) > 1:
+                report.skip(stage, f"{group[0].name} and norms of the same rows are read by more than projections")
         single = sum(len(group) == 1 for group in norms.values())
         if single:
             report.skip(stage, f"{single} norms have one gain and a fused kernel: folding it would save nothing")
@@ -88,21 +97,43 @@ class FoldConstants(Pass):
             if len(added_up) == 2:
                 total = b.emit(ADD, tuple(added_up), shape_of(added_up[0]), added_up[0].meta["dtype"])
             count += 1
+
+            def project(x: Node, weight: Node, bias: Node | None) -> Node:
+                new = (x, weight) if bias is None else (x, weight, bias)
+                return b.emit(LINEAR, new, (*shape_of(x)[:-1], shape_of(w)[0]), n.meta["dtype"])
+
             if total is None:
-                moved = bias
-            else:
-                out = (*shape_of(total)[:-1], shape_of(w)[0])
-                moved = b.emit(LINEAR, (total, w, bias) if bias is not None else (total, w), out, w.meta["dtype"])
-            product = b.emit(LINEAR, (plain, scaled), shape_of(n), n.meta["dtype"])
-            if moved is None:
-                return product
-            if len(shape_of(moved)) == 1:
-                return b.emit(LINEAR, (plain, scaled, moved), shape_of(n), n.meta["dtype"])
-            return b.emit(ADD, (product, moved), shape_of(n), n.meta["dtype"])
+                return project(plain, scaled, bias)
+            if len(shape_of(total)) == 1:
+                return project(plain, scaled, project(total, w, bias))
+            # a constant for each row is added behind the product, the bias stays in it: packed with others it is free
+            return b.emit(ADD, (project(plain, scaled, bias), project(total, w, None)), shape_of(n), n.meta["dtype"])
 
         made = rebuild(graph, visit)
         report.did(f"{stage}: {len(shared)} norms of the same rows became one; {count} projections took their gains")
         return made
+
+
+def sliced_projection(n: Node) -> Node | None:
+    """The projection of which `n` is a slice: n = reshape(slice(reshape(projection)))."""
+    if n.target is not RESHAPE or n.args[0].target is not SLICE or len(n.args[0].args) != 4:
+        return None
+    wide, dim, _, _ = n.args[0].args
+    if wide.target is not RESHAPE or wide.args[0].target is not LINEAR:
+        return None
+    rows = shape_of(wide.args[0].args[0])[:-1]
+    r = len(rows)
+    if shape_of(wide)[:r] != rows or dim < r or shape_of(n)[:r] != rows or len(shape_of(n)) != r + 1:
+        return None
+    return wide.args[0]
+
+
+def read_in_slices(linear: Node, slices: dict[Node, Node]) -> bool:
+    return all(
+        wide.target is RESHAPE
+        and all(cut.target is SLICE and all(n in slices for n in cut.users) for cut in wide.users)
+        for wide in linear.users
+    )
 
 
 def as_norm(x: Node) -> tuple[Node | None, Node | None]:

@@ -57,7 +57,7 @@ class PackProjections(Pass):
     def groups(self, graph: Graph, stage: str, report: Report) -> list[list[Node]]:
         by_rows: dict[tuple, list[Node]] = {}
         for n in graph.nodes:
-            if n.target is LINEAR and not n.meta["const"]:
+            if n.target is LINEAR and not n.meta["const"] and all(w.meta["const"] for w in n.args[1:]):
                 by_rows.setdefault((n.args[0], len(n.args)), []).append(n)
         groups = []
         for members in by_rows.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import CAT, LINEAR, SLICE, Builder, Size, mapped, on_part, operand_dims, shape_of, simplify
+from mmopt.graph import CAT, LINEAR, Builder, Size, mapped, on_part, operand_dims, shape_of, simplify
 from mmopt.rewriting import Pass, Report
 from mmopt.rows import depth
 
@@ -147,7 +147,7 @@ class Rejoin:
                     return False
             elif isinstance(a, Node) and rule.get(i) is not None:
                 return False
-        return n.target is not LINEAR and n.target is not SLICE
+        return n.target is not LINEAR
 
     def cat(self, values: list[Any], dim: int) -> Node:
         """Consecutive pieces of one node become one again."""

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests/data/mplug_owl2"
@@ -39,9 +40,8 @@ def site_without_compiler(site: Path) -> None:
             continue
         seen.add(key)
         dist = importlib.metadata.distribution(name)
-        for r in dist.requires or []:
-            if "extra ==" not in r:
-                wanted.append(re.split(r"[ <>=!~;\[(]", r)[0])
+        needed = [Requirement(r) for r in dist.requires or []]
+        wanted += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
         if key == "mmopt":
             continue
         for top in {Path(str(f)).parts[0] for f in dist.files or [] if not str(f).startswith("..")}:

@@ -1,0 +1,89 @@
+"""Exported graphs, run in ONNX Runtime on the CPU, against the stages of the Program that they were made from."""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from mmopt.exporters.emit import output_name
+
+from mmopt import contracts
+from mmopt.graph import CACHED_ATTENTION, shape_of
+from mmopt.pipeline import why_unchecked
+from mmopt.program import Program, Stage
+
+MOST_BYTES = 1 << 30  # of weights: a session holds them all
+PAST = 2  # rows in the cache before the call, where a stage has a cache
+
+
+def why_not_compared(program: Program, facts: dict[str, Any]) -> str | None:
+    """None if the graphs can be compared here, else the reason why not."""
+    if facts["dtype"] != "float32":
+        return f"ONNX Runtime does not compute in {facts['dtype']} on the CPU"
+    if facts["weights"]["bytes"] > MOST_BYTES:
+        return f"{facts['weights']['bytes'] / 1e9:.1f} GB of weights, more than {MOST_BYTES / 1e9:.1f}"
+    return why_unchecked(program)
+
+
+def compare_with_program(directory: Path, program: Program, facts: dict[str, Any]) -> contracts.Difference | None:
+    """The first difference of an output over several sizes of random inputs, or None."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    for name, listed in facts["stages"].items():
+        stage = program.stages[name]
+        session = ort.InferenceSession(directory / listed["file"], options, providers=["CPUExecutionProvider"])
+        outputs = [output_name(stage, k) for k in stage.outputs]
+        for seed, sizes in enumerate(sizes_of(stage, program.info)):
+            values = random_values(stage, sizes, program.info, seed)
+            expected = stage.run(program.weights, values, keep_constants=False)
+            given = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in values.items()}
+            made = session.run(outputs, given)
+            for k, array in zip(stage.outputs, made, strict=True):
+                wanted, value = expected[k], torch.from_numpy(array)
+                node = stage.output_nodes()[k]
+                if is_cache(node):  # what lies beyond the rows in use is not defined
+                    used = PAST + sum(sizes.get(s, 0) for s in ("nv", "nt"))
+                    wanted, value = wanted[:, :, :used], value[:, :, :used]
+                found = contracts.difference(wanted, value.to(wanted.dtype))
+                if found is not None:
+                    return contracts.Difference(name, f"{k} at {sizes}", node.name, *found)
+    return None
+
+
+def sizes_of(stage: Stage, info: dict[str, Any]) -> list[dict[str, int]]:
+    """Sizes to try: with and without rows of an image, several rows on a cache (one sample), one row of all samples."""
+    symbols = {str(s) for n in stage.placeholders() for s in shape_of(n) if isinstance(s, sympy.Symbol)}
+    image = min(info["rows_per_image"], info["context"] - 8)
+    tried = [
+        {"B": 1, "N": 1, "n": 1, "nv": image, "nt": 3},
+        {"B": 1, "N": max(1, info["images"]), "n": 3, "nv": 0, "nt": 4},
+        {"B": info["batch"], "N": 1, "n": 2, "nv": 0, "nt": 1},
+    ]
+    return [{k: v for k, v in sizes.items() if k in symbols} for sizes in tried]
+
+
+def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, node in stage.input_nodes().items():
+        shape = [sizes[str(s)] if isinstance(s, sympy.Expr) else s for s in shape_of(node)]
+        dtype = node.meta["dtype"]
+        if name == "past":
+            values[name] = torch.full(shape, PAST, dtype=dtype)
+        elif dtype.is_floating_point:
+            values[name] = torch.randn(shape, generator=g).to(dtype)
+        else:
+            most = 2 if dtype == torch.bool else info["vocab_size"]
+            values[name] = torch.randint(0, most, shape, generator=g).to(dtype)
+    return values
+
+
+def is_cache(node: Any) -> bool:
+    return node.target is operator.getitem and node.args[0].target is CACHED_ATTENTION and node.args[1] > 0

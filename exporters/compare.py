@@ -22,7 +22,7 @@ PAST = 2  # rows in the cache before the call, where a stage has a cache
 def why_not_compared(program: Program, facts: dict[str, Any]) -> str | None:
     """None if the graphs can be compared here, else the reason why not."""
     if facts["dtype"] != "float32":
-        return f"ONNX Runtime does not compute in {facts['dtype']} on the CPU"
+        return f"only float32 graphs are run here, these are in {facts['dtype']}"
     if facts["weights"]["bytes"] > MOST_BYTES:
         return f"{facts['weights']['bytes'] / 1e9:.1f} GB of weights, more than {MOST_BYTES / 1e9:.1f}"
     return why_unchecked(program)

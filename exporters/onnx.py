@@ -116,7 +116,7 @@ def _replace(partial: Path, out: Path) -> None:
 def _write(
     directory: Path, program: Program, target: str, dtype: torch.dtype, weights: str, tell: Progress
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Graphs, weights and tokenizer; returns what program.json says of them, and the files that are still to be linked."""
+    """Graphs, weights and tokenizer; returns what program.json says of them, and the files still to be linked."""
     if target == "onnx":
         from mmopt.exporters.lower_onnxruntime import RULES
     else:

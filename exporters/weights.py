@@ -182,7 +182,7 @@ class Weights:
 
     # ---------------------------------------------------------------------------------------------------------- files
     def link(self, checkpoint: Path) -> dict[str, Path]:
-        """Let unchanged weights refer to the checkpoint's safetensors files; returns these by their names in the bundle."""
+        """Let unchanged weights refer to the checkpoint's safetensors files; returns these by name in the bundle."""
         linked = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
             header, start = read_header(path)

@@ -78,7 +78,7 @@ class Chat:
             self._fed = ids[:kept]
             self._cache.past[0] = count_rows(self._fed, self._engine.info)
             try:
-                for _ in decoder.run(self._cache, [Job(answer, ids[kept:], job.images)]):
+                for _ in decoder.run(self._cache, [Job(answer, ids[kept:], job.images[used:])]):
                     if answer.piece:
                         yield answer.piece
             finally:

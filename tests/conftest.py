@@ -33,12 +33,12 @@ def result(program):
 
 
 @pytest.fixture
-def snapshot(request):
-    """``snapshot(name, text)``: the text must be the one in ``snapshots/`` beside the test.
+def snapshot():
+    """``snapshot(name, text)``: the text must be the one in ``tests/passes/snapshots/``.
 
     MMOPT_WRITE_SNAPSHOTS=1 writes the files anew: read their diff before you commit it.
     """
-    folder = Path(request.path).parent / "snapshots"
+    folder = Path(__file__).parent / "passes" / "snapshots"
 
     def check(name: str, text: str) -> None:
         path = folder / f"{name}.txt"

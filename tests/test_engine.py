@@ -16,6 +16,7 @@ from mmopt.checkpoint import from_config, load
 from mmopt.decoding import Decoder
 from mmopt.engine import Completion, Engine, EngineError, Request
 from mmopt.pipeline import optimize
+from mmopt.sampling import Sampler
 from mmopt.tracing import trace
 
 DATA = Path(__file__).parent / "data" / "mplug_owl2"
@@ -344,16 +345,33 @@ def test_leading_text_is_read_once(directories, monkeypatch):
     assert calls[0] == (0, leading)
 
 
-def test_caches_that_may_be_broken_are_not_used_again(engine, monkeypatch):
+def test_leading_text_that_was_written_over_is_read_again(engine):
+    prompt, image = [1, 7, 8, IMAGE, 5], engine.encode_images(pixels(1))
+    with engine.decoder.cache(2) as cache:
+        first = engine.decoder.prefill(cache, 1, prompt, [image]).copy()
+        cache.past[1] = 1
+        engine.decoder.prefill(cache, 1, [9, 9])
+        cache.past[1] = 0
+        np.testing.assert_array_equal(engine.decoder.prefill(cache, 1, prompt, [image]), first)
+
+
+def test_caches_that_may_be_broken_are_not_used_again(directories, monkeypatch):
+    engine = Engine(directories["optimized"], threads=1)
     with pytest.raises(EngineError, match="not finite"):
         engine.run_ids([[IMAGE, 5]], np.full((1, 3, 56, 56), np.nan, np.float32))
-    with engine.decoder.cache(1):
-        pass
-    (cache,) = (c for c in engine.decoder._pool if c.batch == 1)
+    engine.generate([1, 5], max_new_tokens=2)
+    assert len(engine.decoder._pool) == 1
     monkeypatch.setattr(Decoder, "prefill", lambda *_: np.full(304, np.nan, np.float32))
     with pytest.raises(EngineError, match="not finite"):
         engine.generate([1, 5])
-    assert cache not in engine.decoder._pool
+    assert engine.decoder._pool == []
+
+
+def test_a_few_caches_are_kept(directories):
+    engine = Engine(directories["optimized"], threads=1)
+    for n in (1, 2, 3, 4, 1):
+        engine.generate_batch([Request([1, 5], max_new_tokens=2)] * n)
+    assert [c.batch for c in engine.decoder._pool] == [4, 1]
 
 
 # Cancelling
@@ -463,6 +481,23 @@ def test_chat_equals_a_fresh_run_on_the_whole_conversation(directories, traced, 
     fresh = engine.generate(chat.messages[:-1], shown, max_new_tokens=6)
     assert fresh.ids == said.ids
     assert fresh.prompt_tokens == said.prompt_tokens
+
+
+def test_a_chat_keeps_the_rows_of_its_answers(engine, monkeypatch):
+    chat, fed = engine.chat(), Fed(monkeypatch)
+    answer = iter(engine.text.encode("nine")[1:])
+    with monkeypatch.context() as m:
+        m.setattr(Sampler, "__call__", lambda *_: next(answer))
+        said = chat.send("a", max_new_tokens=5)
+    assert (said.text, len(said.ids)) == ("nine", 5)
+    before = fed.rows
+    said = chat.send("b", max_new_tokens=1, logprobs=True)
+    assert (
+        fed.rows - before == len(engine.text.encode("e</s>USER: b ASSISTANT:")) - 2
+    )  # no start token, no leading space
+    fresh = engine.generate(chat.messages[:-1], max_new_tokens=1, logprobs=True)
+    assert said.ids == fresh.ids
+    assert said.logprobs == pytest.approx(fresh.logprobs, abs=1e-5)
 
 
 def test_streaming_and_cancelling_in_a_chat(directories, traced, tmp_path):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt import contracts, ops
+from mmopt.contracts import ContractError
 from mmopt.family import StageSpec, TensorSpec
 from mmopt.graph import shape_of
+from mmopt.pipeline import optimize
 from mmopt.program import Call, Loop, Program, Stage
+from mmopt.rewriting import Pass
+from mmopt.text import op_name, stage_text
 from mmopt.tracing import NextToken, trace_stage
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 D, VOCAB, ROWS, PIXELS = 8, 13, 3, 4  # width, vocabulary, rows of an image, side of an image
 VISUAL_AND_TEXT = {"visual": ("B", "nv", D), "text": ("B", "nt", D)}
@@ -81,9 +90,42 @@ def same(before: Program, after: Program, sizes: tuple = SIZES, stage: str = "to
 
 
 def ops_of(program: Program, stage: str = "toy") -> list[str]:
-    from mmopt.text import op_name
-
+    """The operators of a stage in order, those on constants left out."""
     return [op_name(n) for n in program.stages[stage].graph.nodes if n.op == "call_function" and not n.meta["const"]]
+
+
+def before_and_after(before: Program, after: Program, stage: str = "toy") -> str:
+    return f"before{stage_text(before.stages[stage])}\n\nafter{stage_text(after.stages[stage])}"
+
+
+def twice(program: Program, *passes: Pass) -> None:
+    """A second run of the passes changes nothing, and neither run changes the program given."""
+    text, once = str(program), program
+    for p in passes:
+        once, _ = p(once)
+    again = once
+    for p in passes:
+        again, _ = p(again)
+    assert str(program) == text != str(once)
+    assert str(again) == str(once)
+
+
+def unchanged(program: Program, p: Pass, why: str) -> None:
+    """The pass leaves the program alone and says why."""
+    after, report = p(program)
+    assert str(after) == str(program)
+    assert not report.rewrites
+    assert any(why in line for line in report.skipped), report.skipped
+
+
+def caught(program: Program, broken: Pass, stage: str, others: Sequence[Pass] = ()) -> None:
+    """The pipeline refuses a broken pass, names the stage and hands back the last good program."""
+    with pytest.raises(ContractError, match=rf"{broken.name} promised to be exact: stage {stage}, ") as e:
+        optimize(program, [*others, broken])
+    good = program
+    for p in others:
+        good, _ = p(good)
+    assert str(e.value.program) == str(good)
 
 
 # --------------------------------------------------------------------------------------- a whole program to hold toys
@@ -142,7 +184,9 @@ def chat(
         stages["step"] = named("step", module, wanted, ["logits"])
         loop = (Call("next_token"), Call("step"))
     rows = 1 if step is not None else "n"
-    stages["next_token"] = trace(last or NextToken([2]), {"logits": ("B", rows, VOCAB)}, ["ids", "done"], weights, dtype)
+    stages["next_token"] = trace(
+        last or NextToken([2]), {"logits": ("B", rows, VOCAB)}, ["ids", "done"], weights, dtype
+    )
     state = {"logits": (("B", 1, VOCAB), dtype)}
     for s in stages.values():
         for name, node in s.input_nodes().items():

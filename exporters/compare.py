@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from mmopt.exporters.emit import output_name
+from mmopt.exporters.weights import weight_bytes
 
 from mmopt import contracts
 from mmopt.graph import CACHED_ATTENTION, shape_of
@@ -23,8 +24,8 @@ def why_not_compared(program: Program, facts: dict[str, Any]) -> str | None:
     """None if the graphs can be compared here, else the reason why not."""
     if facts["dtype"] != "float32":
         return f"only float32 graphs are run here, these are in {facts['dtype']}"
-    if facts["weights"]["bytes"] > MOST_BYTES:
-        return f"{facts['weights']['bytes'] / 1e9:.1f} GB of weights, more than {MOST_BYTES / 1e9:.1f}"
+    if weight_bytes(facts) > MOST_BYTES:
+        return f"{weight_bytes(facts) / 1e9:.1f} GB of weights, more than {MOST_BYTES / 1e9:.1f}"
     return why_unchecked(program)
 
 

@@ -16,7 +16,7 @@ import onnx
 import torch
 from mmopt.exporters.compare import compare_with_program, why_not_compared
 from mmopt.exporters.emit import Emitter, ExportError, output_name, plain_shape
-from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256
+from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256, weight_bytes
 
 from mmopt.checkpoint import DTYPES
 from mmopt.graph import shape_of
@@ -47,7 +47,8 @@ def export(
     program.json; `progress` is told in words what is being done.
 
     `check` runs the ONNX checker and, where that is affordable, compares the graphs in ONNX Runtime with the Program.
-    `gate` parses and builds the "tensorrt" target if TensorRT for RTX is installed. program.json says what was checked.
+    `gate` parses and, unless it is very large, builds the "tensorrt" target if TensorRT for RTX is installed.
+    program.json says what was checked.
 
     The directory appears whole or not at all; one made by an earlier export is replaced. Raises ExportError (an option
     or operator that is not supported, a directory of other content, graphs that differ from the Program) and GateError.
@@ -209,14 +210,15 @@ def _compare(directory: Path, program: Program, facts: dict[str, Any], tell: Pro
 
 
 def _gate(directory: Path, facts: dict[str, Any], tell: Progress) -> str:
-    from mmopt.exporters.tensorrt import MISSING, GateError, available, check_stages
+    from mmopt.exporters.tensorrt import MISSING, MOST_BYTES_TO_BUILD, GateError, available, check_stages
 
     if not available():
         return f"not checked: {MISSING}"
-    findings = check_stages(directory, facts, tell=tell)
+    build = weight_bytes(facts) <= MOST_BYTES_TO_BUILD
+    findings = check_stages(directory, facts, build, tell)
     if findings:
         raise GateError(findings)
-    return "parsed and built"
+    return "parsed and built" if build else "parsed, too large to build here"
 
 
 def _save(directory: Path, facts: dict[str, Any]) -> None:

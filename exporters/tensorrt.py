@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MISSING = "TensorRT for RTX is not installed: pip install 'mmopt[tensorrt]'"
 
 

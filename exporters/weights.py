@@ -259,6 +259,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(f.read(length)), 8 + length
 
 
+def weight_bytes(facts: dict[str, Any]) -> int:
+    """Bytes of all weight files that program.json lists."""
+    return sum(f["bytes"] for f in (facts["weights"], *facts["weights"].get("linked", ())))
+
+
 def bring(source: Path, target: Path) -> None:
     """Make `source` appear as `target`: a hard link where the file system allows, else a copy."""
     source = source.resolve()  # hub caches are symbolic links

@@ -6,10 +6,8 @@ machine then hurts all alike. The minimum is the figure least disturbed by other
 
 from __future__ import annotations
 
-import gc
 import platform
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +21,12 @@ from mmopt.baselines import ROUTINGS, Shared
 from mmopt.checkpoint import Model, load
 from mmopt.contracts import ContractError, difference
 from mmopt.figures import ratios_of, rows_of, shares_of, work_of
+from mmopt.limits import probes, summary, timed
 from mmopt.program import Program
 from mmopt.variants import STAGES, EngineStages, Inputs, TorchStages
 
 REPEATS = {"encode": 1, "prefill": 1, "decode": 4}  # timed calls in a round; decode is short
-CHOOSING_ROUNDS = 3
-MATRIX = 2048
-SETTLE = 0.005  # seconds before each measurement, for the threads of the one before to fall asleep
+CHOOSING_ROUNDS = 5
 NOTES = (
     "eager: plain torch code, the better of the two baselines for each stage; both are static in shape and write their "
     "caches in place. routed: branches chosen by compare, nonzero, gather and scatter, as reference implementations "
@@ -39,7 +36,8 @@ NOTES = (
     "runs it in one call.",
     "total: encode + prefill + new_tokens x decode, added up within each round.",
     "Shares of limits count the work of the optimized program for every variant: its FLOPs, its weights read and the "
-    "cache rows read. Bandwidth is the best of reading (a sum) and of copying, both directions counted.",
+    "cache rows read. Bandwidth is the best of reading (a sum) and of copying, both directions counted; the GEMM rate "
+    "is the best of torch and ONNX Runtime. Limits are measured in every round, the best round counts.",
     "Memory: peak of anonymous memory in a process of its own, above that process after its imports, weights included.",
 )
 
@@ -72,96 +70,129 @@ def bench(
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as directory, torch.no_grad():
-            return _bench(
-                model, context, rounds, threads, place, new_tokens, memory, compiled, limit_bytes, tell, Path(directory)
-            )
+            b = _Bench(model, context, threads, place, compiled, Path(directory), tell)
+            b.measure(rounds, limit_bytes, tell)
+            if memory and place.type == "cpu":
+                tell("measuring memory")
+                b.measure_memory()
+            return b.result(rounds, new_tokens)
     finally:
         torch.set_num_threads(before)
         torch._inductor.config.freezing = freezing
 
 
-def _bench(
-    model: Model, context: int, rounds: int, threads: int, device: torch.device, new_tokens: int, memory: bool,
-    compiled: bool, limit_bytes: int, tell: Callable[[str], None], directory: Path,
-) -> dict[str, Any]:  # fmt: skip
-    from mmopt.engine import Engine
-    from mmopt.exporters.onnx import export
-    from mmopt.pipeline import optimize
-    from mmopt.tracing import trace
+class _Bench:
+    """The variants of one model, ready to be timed, and what was measured of them."""
 
-    tell("tracing")
-    program = trace(model, batch=1, images=1, context=context)
-    image = next(s.input_nodes()["pixel_values"] for s in program.stages.values() if "pixel_values" in s.inputs)
-    inputs = Inputs.draw(program.info, image.meta["shape"][1:])
-    tell("optimizing")
-    better = optimize(program, check=False).program
-    tell("exporting")
-    skipped: dict[str, str] = {}
-    variants: dict[str, Any] = {}
-    shared = Shared(device)
-    tell("choosing the better baseline")
-    baselines = {r: TorchStages(program, inputs, r, shared) for r in ROUTINGS}
-    chosen, choosing = _better(baselines, device)
-    variants["eager"] = _mixed(baselines, chosen)
-    if compiled:
-        tell("compiling")
-        variants["compiled"] = _mixed({r: TorchStages(program, inputs, r, shared) for r in ROUTINGS}, chosen)
-        _compile(variants, skipped)
-    variants["optimized"] = TorchStages(better, inputs, None, shared)
-    path = export(better, directory / "engine", target="onnx", dtype=program.info["torch_dtype"])
-    try:
-        engine = Engine(path, provider=device.type, threads=threads)
-        variants["engine"] = EngineStages(engine, inputs)
-    except ValueError as e:  # this ONNX Runtime has no such provider
-        skipped["engine"] = str(e)
-    tell("comparing the variants' logits")
-    agreement = _agree(variants, program)
-    calls = {name: {s: _call(v, s, device) for s in STAGES} for name, v in variants.items()}
-    limits: dict[str, list[float]] = {}
-    times: dict[tuple[str, str], list[list[float]]] = {(s, v): [] for s in STAGES for v in variants}
-    probes = _probes(device, program.info["torch_dtype"], limit_bytes)
-    order = list(variants)
-    for r in range(rounds):
-        tell(f"round {r + 1} of {rounds}")
-        for name, (amount, probe) in probes.items():
-            limits.setdefault(name, []).append(amount / min(_time(probe, device, 1)) / 1e9)
-        order = order[1:] + order[:1]  # no variant always runs after the same one
-        for stage in STAGES:
-            for name in order:
-                times[stage, name].append(_time(calls[name][stage], device, REPEATS[stage]))
-    rows = rows_of(times, list(variants), new_tokens)
-    best = {k: max(v) for k, v in limits.items()}
-    best["bandwidth_gb_per_s"] = max(best["read_gb_per_s"], best["copy_gb_per_s"])
-    work = work_of(better, inputs, new_tokens)
-    peaks: dict[str, Any] = {}
-    if memory and device.type == "cpu":
-        tell("measuring memory")
-        del calls, probes, baselines
-        peaks = _memory(variants, skipped, path, threads, directory)
-    return {
-        "device": _device_name(device),
-        "threads": threads,
-        "dtype": program.info["dtype"],
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
-        "sizes": {
-            "parameters": sum(p.numel() for p in model.module.parameters()),
-            "context": context,
-            "filled": inputs.filled,
-            "prompt": {"leading_text": inputs.leading, "image": inputs.image_rows, "text": len(inputs.ids)},
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-        },
-        "rows": rows,
-        "ratios": ratios_of(rows),
-        "limits": best,
-        "work": work,
-        "shares": shares_of(rows, work, best),
-        "memory": peaks,
-        "baselines": {"chosen": chosen, "min_ms": choosing},
-        "agreement": agreement,
-        "skipped": skipped,
-        "notes": list(NOTES),
-    }
+    def __init__(
+        self, model: Model, context: int, threads: int, device: torch.device, compiled: bool, directory: Path,
+        tell: Callable[[str], None],
+    ):  # fmt: skip
+        from mmopt.pipeline import optimize
+        from mmopt.tracing import trace
+
+        self.model, self.threads, self.device, self.directory = model, threads, device, directory
+        tell("tracing")
+        program = trace(model, batch=1, images=1, context=context)
+        tell("optimizing")
+        self.optimized = optimize(program, check=False).program
+        image = next(s.input_nodes()["pixel_values"] for s in program.stages.values() if "pixel_values" in s.inputs)
+        self.inputs = Inputs.draw(program.info, image.meta["shape"][1:])
+        self.info = program.info
+        self.variants: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.memory: dict[str, Any] = {}
+        tell("choosing the better baseline")
+        shared = Shared(device)
+        baselines = {r: TorchStages(program, self.inputs, r, shared) for r in ROUTINGS}
+        self.chosen, self.choosing = _better(baselines, device)
+        self.variants["eager"] = _mixed(baselines, self.chosen)
+        if compiled:
+            tell("compiling")
+            again = {r: TorchStages(program, self.inputs, r, shared) for r in ROUTINGS}
+            self._compile(_mixed(again, self.chosen))
+        self.variants["optimized"] = TorchStages(self.optimized, self.inputs, None, shared)
+        tell("exporting")
+        self._export()
+        tell("comparing the variants' logits")
+        self.agreement = agreement(self.variants, program)
+
+    def _compile(self, variant: TorchStages) -> None:
+        """Compile and run once; without a C++ compiler the variant is left out and the reason given."""
+        variant.compile()
+        try:
+            self.variants["compiled"] = variant.run_all()
+        except Exception as e:  # inductor has many error types
+            self.skipped["compiled"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+
+    def _export(self) -> None:
+        from mmopt.engine import Engine
+        from mmopt.exporters.onnx import export
+
+        path = export(self.optimized, self.directory / "engine", target="onnx", dtype=self.info["torch_dtype"])
+        try:
+            engine = Engine(path, provider=self.device.type, threads=self.threads)
+        except ValueError as e:  # this ONNX Runtime has no such provider
+            self.skipped["engine"] = str(e)
+        else:
+            self.variants["engine"] = EngineStages(engine, self.inputs)
+
+    def measure(self, rounds: int, limit_bytes: int, tell: Callable[[str], None]) -> None:
+        """Each round: the limits of the machine, then stage by stage all variants, another one first each time."""
+        calls = {name: {s: _call(v, s, self.device) for s in STAGES} for name, v in self.variants.items()}
+        limits: dict[str, list[float]] = {}
+        self.times: dict[tuple[str, str], list[list[float]]] = {(s, v): [] for s in STAGES for v in self.variants}
+        limit_calls = probes(self.device, self.info["torch_dtype"], limit_bytes, self.threads)
+        order = list(self.variants)
+        for r in range(rounds):
+            tell(f"round {r + 1} of {rounds}")
+            for name, (amount, call) in limit_calls.items():
+                limits.setdefault(name, []).append(amount / min(timed(call, self.device, 1)) / 1e9)
+            order = order[1:] + order[:1]
+            for stage in STAGES:
+                for name in order:
+                    self.times[stage, name].append(timed(calls[name][stage], self.device, REPEATS[stage]))
+        self.limits = summary(limits)
+
+    def measure_memory(self) -> None:
+        """Each variant in a process of its own, which reads the stages (weights included) from a file."""
+        path = self.directory / "stages.pt"
+        for name in self.variants:
+            if name == "engine":
+                self.memory[name] = memory_of.measure(name, self.directory / "engine", self.threads)
+                continue
+            torch.save(self.variants["eager" if name == "compiled" else name], path)
+            self.memory[name] = memory_of.measure(name, path, self.threads)
+            path.unlink()
+
+    def result(self, rounds: int, new_tokens: int) -> dict[str, Any]:
+        rows = rows_of(self.times, list(self.variants), new_tokens)
+        work = work_of(self.optimized, self.inputs, new_tokens)
+        i = self.inputs
+        return {
+            "device": _device_name(self.device),
+            "threads": self.threads,
+            "dtype": self.info["dtype"],
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
+            "sizes": {
+                "parameters": sum(p.numel() for p in self.model.module.parameters()),
+                "context": self.info["context"],
+                "filled": i.filled,
+                "prompt": {"leading_text": i.leading, "image": i.image_rows, "text": len(i.ids) - i.leading},
+                "new_tokens": new_tokens,
+                "rounds": rounds,
+            },
+            "rows": rows,
+            "ratios": ratios_of(rows),
+            "limits": self.limits,
+            "work": work,
+            "shares": shares_of(rows, work, self.limits),
+            "memory": self.memory,
+            "baselines": {"chosen": self.chosen, "min_ms": self.choosing},
+            "agreement": self.agreement,
+            "skipped": self.skipped,
+            "notes": list(NOTES),
+        }
 
 
 def _in_dtype(model: Model, dtype: torch.dtype) -> Model:
@@ -183,7 +214,7 @@ def _better(
     for r in range(CHOOSING_ROUNDS + 1):
         for s in STAGES:
             for name, b in baselines.items():
-                took = min(_time(lambda b=b, s=s: b.run(s), device, REPEATS[s])) * 1e3  # type: ignore[misc]
+                took = min(timed(lambda b=b, s=s: b.run(s), device, REPEATS[s])) * 1e3  # type: ignore[misc]
                 if r:  # the first round warms up
                     best[s][name] = min(took, best[s].get(name, took))
     return {s: min(found, key=found.__getitem__) for s, found in best.items()}, best
@@ -194,16 +225,6 @@ def _mixed(baselines: dict[str, TorchStages], chosen: dict[str, str]) -> TorchSt
     made = baselines[ROUTINGS[-1]]
     made.steps = {s: baselines[chosen[s]].steps[s] for s in STAGES}
     return made
-
-
-def _compile(variants: dict[str, Any], skipped: dict[str, str]) -> None:
-    """Compile and run once; without a C++ compiler the variant is left out and the reason given."""
-    variants["compiled"].compile()
-    try:
-        variants["compiled"].run_all()
-    except Exception as e:  # inductor has many error types
-        skipped["compiled"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-        del variants["compiled"]
 
 
 def _call(variant: Any, stage: str, device: torch.device) -> Callable[[], Any]:
@@ -226,7 +247,7 @@ def _call(variant: Any, stage: str, device: torch.device) -> Callable[[], Any]:
     return graph.replay
 
 
-def _agree(variants: dict[str, Any], program: Program) -> dict[str, dict[str, float]]:
+def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str, float]]:
     """Largest difference of each variant's last logits to eager's; what answers differently must not be timed."""
     found: dict[str, dict[str, float]] = {}
     expected: dict[str, torch.Tensor] = {}
@@ -244,49 +265,6 @@ def _agree(variants: dict[str, Any], program: Program) -> dict[str, dict[str, fl
                     f"{stage}: the logits of {name} differ from eager's by {error:.3g}, allowed {allowed:.3g}", program
                 )
     return found
-
-
-# ------------------------------------------------------------------------------------------------------ measurement
-def _time(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of `repeats` calls; where there are several, one goes before that is not timed."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    time.sleep(SETTLE)
-    if repeats > 1:
-        call()
-    taken = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return taken
-
-
-def _probes(device: torch.device, dtype: torch.dtype, limit_bytes: int) -> dict[str, tuple[float, Callable]]:
-    """Name -> amount and call, for the limits of the machine: bytes read, bytes copied, FLOPs of a product."""
-    many = torch.ones(limit_bytes // 4, dtype=torch.float32, device=device)
-    other = torch.empty_like(many)
-    a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
-    return {
-        "read_gb_per_s": (many.nbytes, lambda: many.sum()),
-        "copy_gb_per_s": (2 * many.nbytes, lambda: other.copy_(many)),
-        "gemm_gflop_per_s": (2 * MATRIX**3, lambda: torch.mm(a, b)),
-    }
-
-
-def _memory(variants: dict, skipped: dict, engine: Path, threads: int, directory: Path) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    eager, optimized = variants["eager"], variants["optimized"]
-    for name, kept in (("eager", eager), ("compiled", eager), ("optimized", optimized)):
-        if name in variants and name not in skipped:
-            torch.save(kept, directory / "stages.pt")
-            made[name] = memory_of.measure(name, directory / "stages.pt", threads)
-            (directory / "stages.pt").unlink()
-            gc.collect()
-    if "engine" in variants:
-        made["engine"] = memory_of.measure("engine", engine, threads)
-    return made
 
 
 def _device_name(device: torch.device) -> str:

@@ -57,8 +57,10 @@ class Chat:
         self._lock = threading.Lock()
 
     def send(self, text: str, images: Sequence[Any] = (), stream: bool = False, **options: Any) -> Completion | Stream:
-        """Say something and get the answer, as `Engine.generate`. A turn that fails leaves the conversation as it was;
-        of one that is cancelled the part that was answered stays."""
+        """Say something and get the answer, as `Engine.generate`; the whole conversation must fit the engine's limits.
+
+        A turn that fails leaves the conversation as it was; of one that is cancelled the part that was answered stays.
+        """
         content = self._engine.with_markers(text, images)
         messages = [*self.messages, {"role": "user", "content": content}]
         job = self._engine.prepare(Request(messages, images, **options), self._images)

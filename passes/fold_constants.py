@@ -142,9 +142,14 @@ def as_norm(x: Node) -> tuple[Node | None, Node | None]:
         return x, None
     if x.target is ADD and len(x.args) == 2:
         for norm, c in (x.args, reversed(x.args)):
-            if isinstance(norm, Node) and norm.target is LAYER_NORM and isinstance(c, Node) and c.meta["const"]:
+            if isinstance(norm, Node) and norm.target is LAYER_NORM and as_wide(c, norm):
                 return norm, c
     return None, None
+
+
+def as_wide(c: Any, node: Node) -> bool:
+    """True for a constant that holds a value for each column of `node`."""
+    return isinstance(c, Node) and c.meta["const"] and shape_of(c)[-1:] == shape_of(node)[-1:]
 
 
 def foldable(user: Node) -> bool:
@@ -153,6 +158,6 @@ def foldable(user: Node) -> bool:
         return True
     return (
         user.target is ADD
-        and any(isinstance(a, Node) and a.meta["const"] for a in user.args)
+        and any(as_wide(a, user) for a in user.args)
         and all(u.target is LINEAR for u in user.users)
     )

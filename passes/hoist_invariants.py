@@ -7,6 +7,7 @@ stage called once before the loop; the rest stays.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -40,7 +41,7 @@ class HoistInvariants(Pass):
         written = {c.rename.get(o, o) for c in loop.body for o in program.stages[c.stage].outputs}
         before: list[Call] = []
         body: list[Call] = []
-        outside = {c.stage for i in program.schedule for c in (i.body if isinstance(i, Loop) and i is not loop else ())}
+        times = Counter(c.stage for c in program.calls())
         for call in loop.body:
             stage = program.stages[call.stage]
             fixed = {i for i in stage.inputs if call.rename.get(i, i) not in written}
@@ -49,8 +50,8 @@ class HoistInvariants(Pass):
                 report.skip(call.stage, "every product in it depends on what the loop changes")
                 body.append(call)
                 continue
-            if call.stage in outside:
-                report.skip(call.stage, "called outside the loop too: a second copy would hold its weights twice")
+            if times[call.stage] > 1:
+                report.skip(call.stage, "called elsewhere too: a second copy would hold its weights twice")
                 body.append(call)
                 continue
             once, step, values = split

@@ -48,15 +48,19 @@ def traced(tmp_path_factory):
 @pytest.fixture(scope="session")
 def directories(traced, tmp_path_factory):
     root = tmp_path_factory.mktemp("engines")
+    optimized = optimize(traced, check=False).program
     return {
         "traced": export(traced, root / "traced"),
-        "optimized": export(optimize(traced, check=False).program, root / "optimized"),
+        "optimized": export(optimized, root / "optimized"),
+        "tensorrt": export(optimized, root / "tensorrt", target="tensorrt"),
     }
 
 
-@pytest.fixture(scope="session", params=["traced", "optimized"])
-def both(directories, request):
-    """The engine of the Program as traced (logits of all rows) and of the optimized one (of the last row)."""
+@pytest.fixture(scope="session", params=["traced", "optimized", "tensorrt"])
+def each(directories, request):
+    """Engines of the Program as traced (logits of all rows) and optimized (of the last row), in both targets.
+
+    ONNX Runtime runs what is written for TensorRT too."""
     return Engine(directories[request.param], threads=1)
 
 
@@ -124,10 +128,10 @@ def program_run(program, prompts, images, **kw):
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_runs_as_the_program(both, traced, name):
+def test_runs_as_the_program(each, traced, name):
     prompts, images, steps = PROMPTS[name], images_of(PROMPTS[name]), 6
     values, logits = program_run(traced, prompts, images, max_new_tokens=steps, ignore_eos=True)
-    run = both.run_ids(prompts, images, max_new_tokens=steps, ignore_eos=True, logits=True, caches=True)
+    run = each.run_ids(prompts, images, max_new_tokens=steps, ignore_eos=True, logits=True, caches=True)
     assert run.tokens == values["tokens"]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
     assert run.past.tolist() == values["past"].tolist()
@@ -139,11 +143,11 @@ def test_runs_as_the_program(both, traced, name):
         np.testing.assert_allclose(run.image_rows.numpy(), values["image_rows"], atol=ATOL)
 
 
-def test_runs_as_the_recorded_reference(both):
+def test_runs_as_the_recorded_reference(each):
     from safetensors.numpy import load_file
 
     case = load_file(DATA / "mm_two_images.safetensors")
-    run = both.run_ids(
+    run = each.run_ids(
         case["in.input_ids"].tolist(), case["in.pixel_values"], max_new_tokens=16, ignore_eos=True, logits=True
     )
     assert run.tokens == case["out.greedy.token_ids"].tolist()
@@ -193,17 +197,17 @@ def test_end_of_sequence_stops_a_sample_but_not_its_batch(engine, traced, monkey
 
 
 @pytest.mark.parametrize("name", ["text", "chunks"])
-def test_to_exactly_the_last_slot(both, traced, name):
+def test_to_exactly_the_last_slot(each, traced, name):
     prompts, images = PROMPTS[name], images_of(PROMPTS[name])
     rows = len(prompts[0]) + prompts[0].count(IMAGE) * (ROWS - 1)
     new = CONTEXT - rows + 1
     values, logits = program_run(traced, prompts, images, max_new_tokens=new, ignore_eos=True)
-    run = both.run_ids(prompts, images, max_new_tokens=new, ignore_eos=True, logits=True)
+    run = each.run_ids(prompts, images, max_new_tokens=new, ignore_eos=True, logits=True)
     assert run.tokens == values["tokens"]
     assert run.past.tolist() == [CONTEXT]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
     with pytest.raises(EngineError, match=f"{rows} rows and {new + 1} new tokens .* holds {CONTEXT}"):
-        both.run_ids(prompts, images, max_new_tokens=new + 1)
+        each.run_ids(prompts, images, max_new_tokens=new + 1)
 
 
 def test_a_full_sample_beside_one_that_goes_on(engine, monkeypatch):

@@ -1,4 +1,4 @@
-"""Small torch modules, unrelated to any family, to try passes on; how to trace them and how to compare what they give."""
+"""Small torch modules, unrelated to any family, to try passes on; how to trace them and to compare what they give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmopt.contracts import ContractError
 from mmopt.family import StageSpec, TensorSpec
 from mmopt.graph import shape_of
 from mmopt.pipeline import optimize
-from mmopt.program import Call, Loop, Program, Stage
+from mmopt.program import Call, Loop, Program, Stage, evaluate
 from mmopt.rewriting import Pass
 from mmopt.text import op_name, stage_text
 from mmopt.tracing import NextToken, trace_stage
@@ -82,11 +82,25 @@ def same(before: Program, after: Program, sizes: tuple = SIZES, stage: str = "to
         one, two = before.stages[stage], after.stages[stage]
         values = random_values(one, size, seed=i)
         expected = one.run(weights, values, keep_constants=False)
+        declared(two, weights, values)
         for name, value in two.replaced(two.graph).run(weights, values).items():
             wanted = expected[name]
             if value.dim() > 1 and value.shape[1] < wanted.shape[1]:
                 wanted = wanted[:, -value.shape[1] :]
             assert contracts.difference(wanted, value) is None, (size, name)
+
+
+def declared(stage: Stage, weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Every node has the shape and dtype that its graph says it has: passes and exporters believe them."""
+    env = {node: values[name] for name, node in stage.input_nodes().items()}
+    sizes = {s: d for node, x in env.items() for s, d in zip(shape_of(node), x.shape, strict=True)}
+    for n in stage.graph.nodes:
+        if n.op in ("placeholder", "output"):
+            continue
+        env[n] = weights[str(n.target)] if n.op == "get_attr" else evaluate(n, env, sizes)
+        if isinstance(env[n], Tensor):
+            said = tuple(int(s.subs(sizes)) if isinstance(s, sympy.Expr) else s for s in shape_of(n))
+            assert (tuple(env[n].shape), env[n].dtype) == (said, n.meta["dtype"]), n.format_node()
 
 
 def ops_of(program: Program, stage: str = "toy") -> list[str]:
@@ -259,6 +273,49 @@ class Rows(nn.Module):
         x = torch.cat([visual, text], dim=1)
         x = x + self.o(ops.attention(self.q(x), self.k(x), self.v(x), 2, 2))
         return self.head(x + F.silu(self.up(self.norm(x))))
+
+
+class Normed(nn.Module):
+    """Two layers look at the same rows through norms that differ in gain and shift alone, positions added to keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.k, self.v = (nn.ModuleList(linear() for _ in range(2)) for _ in range(2))
+        self.queries, self.positions = nn.Parameter(torch.empty(1, 3, D)), nn.Parameter(torch.empty(3, D))
+        self.head = linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        rows = torch.tanh(text[:, -1:] + self.queries)
+        x = text
+        for norm, k, v in zip(self.norms, self.k, self.v, strict=True):
+            seen = norm(rows)
+            x = x + ops.attention(x, k(seen + self.positions), v(seen), 2, 2)
+        return self.head(x)
+
+
+class Interleaved(nn.Module):
+    """One projection makes query, key and value of head 0, then of head 1; then attention over the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = linear(3 * D), linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        qkv = self.qkv(text).view(*text.shape[:2], 2, 3, D // 2)
+        q, k, v = (qkv[:, :, :, i].reshape(text.shape) for i in range(3))
+        return self.head(text + ops.attention(q, k, v, 2, 2))
+
+
+class Gated(nn.Module):
+    """Gate and up projections of the same rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down, self.head = linear(), linear(), linear(), linear(VOCAB)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        return self.head(text + self.down(F.silu(self.gate(text)) * self.up(text)))
 
 
 class Prefix(nn.Module):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from mmopt.passes import drop_unread_rows
+from mmopt.passes.drop_unread_rows import DropUnreadRows
 from toys import (
     DTYPES,
     VISUAL_AND_TEXT,
@@ -20,8 +22,6 @@ from toys import (
 )
 
 from mmopt.graph import shape_of
-from mmopt.passes import drop_unread_rows
-from mmopt.passes.drop_unread_rows import DropUnreadRows
 
 X = {"x": ("B", "nt", D)}
 

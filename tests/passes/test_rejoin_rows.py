@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmopt.passes import rejoin_rows
+from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.split_rows import SplitRows
 from toys import (
     DTYPES,
     SIZES,
@@ -23,9 +26,6 @@ from toys import (
 
 from mmopt import ops
 from mmopt.graph import LINEAR, shape_of
-from mmopt.passes import rejoin_rows
-from mmopt.passes.rejoin_rows import RejoinRows
-from mmopt.passes.split_rows import SplitRows
 
 
 def split(program):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.split_rows import SplitRows
 from toys import (
     DTYPES,
     VISUAL_AND_TEXT,
@@ -22,8 +24,6 @@ from toys import (
 
 from mmopt import ops, rows
 from mmopt.graph import shape_of
-from mmopt.passes.rejoin_rows import RejoinRows
-from mmopt.passes.split_rows import SplitRows
 
 
 def two_parts(run, **parts):

@@ -1,0 +1,65 @@
+"""Timing of calls, and what the machine can do at best: memory bandwidth and the rate of products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MATRIX = 2048
+SETTLE = 0.005  # seconds before each measurement, for the threads of the one before to fall asleep
+
+
+def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of `repeats` calls; where there are several, one goes before that is not timed."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    time.sleep(SETTLE)
+    if repeats > 1:
+        call()
+    taken = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def probes(device: torch.device, dtype: torch.dtype, limit_bytes: int, threads: int) -> dict[str, tuple]:
+    """Name -> amount and call, for the limits of the machine: bytes read, bytes copied, FLOPs of a square product."""
+    many = torch.ones(limit_bytes // 4, dtype=torch.float32, device=device)
+    other = torch.empty_like(many)
+    a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
+    made: dict[str, tuple] = {
+        "read_gb_per_s": (many.nbytes, lambda: many.sum()),
+        "copy_gb_per_s": (2 * many.nbytes, lambda: other.copy_(many)),
+        "torch_gemm_gflop_per_s": (2 * MATRIX**3, lambda: torch.mm(a, b)),
+    }
+    if device.type == "cpu":  # the two libraries differ by a factor on some processors: the faster one is the limit
+        session, given = _onnxruntime_product(b.numpy(), threads), {"x": a.numpy()}
+        made["onnxruntime_gemm_gflop_per_s"] = (2 * MATRIX**3, lambda: session.run(None, given))
+    return made
+
+
+def _onnxruntime_product(weight: Any, threads: int) -> Any:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [MATRIX, MATRIX]) for n in "xy")
+    node, w = helper.make_node("MatMul", ["x", "w"], ["y"]), numpy_helper.from_array(weight, "w")
+    graph = helper.make_graph([node], "product", [x], [y], [w])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def summary(found: dict[str, list[float]]) -> dict[str, float]:
+    """The best round of each limit; ``bandwidth_gb_per_s`` and ``gemm_gflop_per_s`` are the best of their kind."""
+    best = {k: max(v) for k, v in found.items()}
+    best["bandwidth_gb_per_s"] = max(best["read_gb_per_s"], best["copy_gb_per_s"])
+    best["gemm_gflop_per_s"] = max(v for k, v in best.items() if "gemm" in k)
+    return best

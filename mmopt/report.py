@@ -1,0 +1,77 @@
+"""Results of a benchmark as a table and as a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """What `mmopt.bench` returned, for people."""
+    sizes, limits = result["sizes"], result["limits"]
+    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    prompt = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sizes["prompt"].items())
+    console.print(
+        f"{sizes['parameters'] / 1e6:.1f} M parameters; caches of {sizes['context']} rows, {sizes['filled']} filled; "
+        f"prompt rows: {prompt}; {sizes['rounds']} interleaved rounds"
+    )
+    times = Table("stage", "variant", "min ms", "p25", "median", "p75", "x eager", "x compiled", "GEMM", "bandwidth")
+    for r in result["rows"]:
+        ratios = result["ratios"].get(r["stage"], {})
+        faster = [_ratio(ratios.get(f"{r['variant']}_over_{b}")) for b in ("eager", "compiled")]
+        share = result["shares"][r["stage"]][r["variant"]]
+        spread = [f"{r[k]:.2f}" for k in ("min_ms", "p25_ms", "median_ms", "p75_ms")]
+        limited = [f"{share[k]:.0%}" for k in ("gemm_share", "bandwidth_share")]
+        times.add_row(r["stage"], r["variant"], *spread, *faster, *limited, end_section=r["variant"] == "engine")
+    console.print(times)
+    console.print(
+        f"limits of the machine in the same rounds: {limits['bandwidth_gb_per_s']:.1f} GB/s, "
+        f"{limits['gemm_gflop_per_s']:.0f} GFLOP/s"
+    )
+    for name, found in result["memory"].items():
+        peak = f"{found['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in found else found["skipped"]
+        console.print(f"peak anonymous memory, {name}: {peak}")
+    chosen = ", ".join(f"{s}: {b}" for s, b in result["baselines"]["chosen"].items())
+    console.print(f"better baseline: {chosen}")
+    for name, why in result["skipped"].items():
+        console.print(f"{name} was left out: {why}")
+    for note in result["notes"]:
+        console.print(f"- {note}")
+    return file.getvalue()
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def bench_plot(result: dict[str, Any], path: str | Path) -> None:
+    """A bar for each stage and variant (minimum, with a line up to the third quartile), written to a PNG file.
+
+    Raises ImportError without matplotlib, ValueError for a name that does not end in .png.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: expected the name of a PNG file")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as e:
+        raise ImportError("a plot needs matplotlib: pip install 'mmopt[plot]'") from e
+    stages = list(dict.fromkeys(r["stage"] for r in result["rows"]))
+    figure = Figure(figsize=(3 * len(stages), 3.2), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        rows = [r for r in result["rows"] if r["stage"] == stage]
+        heights = [r["min_ms"] for r in rows]
+        above = [r["p75_ms"] - r["min_ms"] for r in rows]
+        axes.bar([r["variant"] for r in rows], heights, yerr=[[0] * len(rows), above], capsize=3, color="tab:blue")
+        axes.set_title(stage)
+        axes.set_ylabel("ms")
+        axes.tick_params(axis="x", rotation=45)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.rename(path)

@@ -1,0 +1,193 @@
+"""Nothing that a loop does not change is computed in the loop."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mmopt.passes import hoist_invariants
+from mmopt.passes.hoist_invariants import HoistInvariants
+from toys import (
+    DTYPES,
+    VOCAB,
+    D,
+    Function,
+    Prefix,
+    Rows,
+    before_and_after,
+    caught,
+    chat,
+    flow,
+    linear,
+    ops_of,
+    same,
+    single,
+    twice,
+    unchanged,
+)
+
+from mmopt import contracts
+from mmopt.contracts import compare
+from mmopt.pipeline import optimize
+from mmopt.program import Call
+
+X = {"x": ("N", 4, D)}
+
+
+# ---------------------------------------------------------------------------------------------- out of a loop
+def test_keys_and_values_of_a_prefix_leave_the_loop(snapshot):
+    before = flow()
+    after, report = HoistInvariants()(before)
+    snapshot("hoist_invariants", str(before) + "\n\n" + str(after))
+    assert report.rewrites == ["step: 4 values that the loop does not change are computed once before it"]
+    assert ops_of(after, "step.once") == ["linear"] * 4
+    assert not any("step.k" in w or "step.v" in w for w in after.stages["step"].weights())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_numbers(gated, dtype):
+    before = flow(gated, dtype)
+    assert compare(before, HoistInvariants()(before)[0]) is None
+
+
+def test_it_is_computed_once():
+    after, _ = HoistInvariants()(flow())
+    calls = []
+    prompts = [[3, 4, 5], [6]]
+    made = after(prompts, max_new_tokens=4, ignore_eos=True, observe=lambda phase, call, *_: calls.append(call.stage))
+    assert calls.count("step.once") == 1
+    assert calls.count("step") == 3
+    assert made["tokens"] == flow()(prompts, max_new_tokens=4, ignore_eos=True)["tokens"]
+
+
+def changes_everything():
+    """A step that reads nothing but what the loop changes."""
+    step = Function(lambda m, x: x + m.a(x), a=linear(VOCAB, bias=False))
+    step.a = torch.nn.Linear(VOCAB, VOCAB)
+    return chat(Prefix(), outputs=["logits", "prefix"], step=(step, {"logits": ("B", 1, VOCAB)}))
+
+
+def cheap():
+    """What could move is no product: storing it would cost more than it saves."""
+    step = Function(lambda m, x, p: x + m.a(x) * torch.tanh(p).mean())
+    step.a = torch.nn.Linear(VOCAB, VOCAB)
+    inputs = {"logits": ("B", 1, VOCAB), "prefix": ("B", 3, D)}
+    return chat(Prefix(), outputs=["logits", "prefix"], step=(step, inputs))
+
+
+def called_outside_too():
+    """The same stage makes the state that the loop starts from."""
+    program = flow()
+    program.schedule = (*program.schedule[:-1], Call("step"), program.schedule[-1])
+    return program
+
+
+def called_twice_in_the_loop():
+    """Once for each of two prefixes: what is computed for one must not serve the other."""
+    program = flow()
+    loop = program.schedule[-1]
+    program.schedule = (*program.schedule[:-1], replace(loop, body=(*loop.body, Call("step", {"prefix": "other"}))))
+    return program
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (changes_everything, "step: every product in it depends on what the loop changes"),
+        (cheap, "step: every product in it depends on what the loop changes"),
+        (called_outside_too, "step: called elsewhere too: a second copy would hold its weights twice"),
+        (called_twice_in_the_loop, "step: called elsewhere too: a second copy would hold its weights twice"),
+        (lambda: chat(Rows()), "language_model: every product in it depends on what the loop changes"),
+    ],
+)
+def test_left_in_the_loop(program, why):
+    unchanged(program(), HoistInvariants(), why)
+
+
+def test_a_value_that_the_loop_writes_under_another_name_stays():
+    program = flow()
+    loop = program.schedule[-1]
+    step, write = Call("step", {"prefix": "newest"}), Call("language_model", {"prefix": "newest"})
+    program.schedule = (*program.schedule[:-1], replace(loop, body=(loop.body[0], step, write)))
+    unchanged(program, HoistInvariants(), "step: every product in it depends on what the loop changes")
+
+
+def test_twice():
+    twice(flow(), HoistInvariants())
+    twice(flow(gated=True), HoistInvariants())
+
+
+def depends_on_the_loop(monkeypatch):
+    """A broken pass: it takes the state for a value that the loop does not change."""
+    split = hoist_invariants.split_stage
+    monkeypatch.setattr(
+        hoist_invariants, "split_stage", lambda stage, fixed, name: split(stage, fixed | {"logits"}, name)
+    )
+    return HoistInvariants()
+
+
+def test_a_value_that_depends_on_the_loop_is_caught(monkeypatch):
+    caught(flow(), depends_on_the_loop(monkeypatch), "step")
+
+
+# A gate that starts at zero multiplies all attention away: nothing behind it can be told from nothing.
+class ForgetsAttention(HoistInvariants):
+    """A broken pass: the keys and values of the prefix are negated on their way out of the loop."""
+
+    def hoist(self, program, loop, report):
+        before, loop = super().hoist(program, loop, report)
+        if "step.once" in program.stages:
+            program.stages["step.once"] = negated(program.stages["step.once"])
+        return before, loop
+
+
+def negated(stage):
+    from mmopt.graph import LINEAR, MUL, rebuild, shape_of
+
+    def visit(b, n, args):
+        if n.target is LINEAR:
+            return b.emit(MUL, (b.copy(n, args), -1.0), shape_of(n), n.meta["dtype"])
+
+    return stage.replaced(rebuild(stage.graph, visit))
+
+
+def test_what_stands_behind_a_gate_of_zero_is_checked(monkeypatch):
+    gated = flow(gated=True)
+    assert not any(w.any() for name, w in gated.weights.items() if "gates" in name)
+    caught(gated, ForgetsAttention(), "step")
+    monkeypatch.setattr(contracts, "drawn_weights", lambda program, seed: dict(program.weights))
+    optimize(gated, [ForgetsAttention()])  # with the gates as they are nothing is noticed
+
+
+# ------------------------------------------------------------------------------------------ to compile time
+def with_queries(run, **parts):
+    return single(Function(run, queries=torch.nn.Parameter(torch.ones(1, 3, D)), **parts), X)
+
+
+def learned_rows(m, x):
+    """Projections of learned rows that are broadcast along the batch depend on weights alone."""
+    q = torch.tanh(m.a(m.queries.expand(x.shape[0], -1, -1)))
+    return torch.cat([m.b(q), m.b(x)], 1)
+
+
+def test_what_depends_on_weights_alone_is_a_constant(snapshot):
+    before = with_queries(learned_rows, a=linear(), b=linear())
+    after, report = HoistInvariants()(before)
+    snapshot("hoist_constants", before_and_after(before, after))
+    assert report.rewrites == ["toy: 3 operators depend on weights alone and are computed at compile time"]
+    same(before, after, ({"N": 1}, {"N": 3}))
+
+
+def test_a_constant_that_meets_data_goes_no_further():
+    before = with_queries(lambda m, x: m.a(m.queries.expand(x.shape[0], -1, -1) + x[:, :3]), a=linear())
+    unchanged(before, HoistInvariants(), "toy: no operator depends on weights alone")
+
+
+def test_constants_broadcast_along_other_dimensions_stay():
+    toy = Function(lambda m, x: m.a(m.queries[:, :1].expand(1, x.shape[1], D)) + x, a=linear())
+    toy.queries = torch.nn.Parameter(torch.ones(1, 3, D))
+    unchanged(single(toy, {"x": ("B", "nt", D)}), HoistInvariants(), "toy: no operator depends on weights alone")
+
+
+def test_constants_twice():
+    twice(with_queries(learned_rows, a=linear(), b=linear()), HoistInvariants())

@@ -42,6 +42,15 @@ def binary(kind: str, compares: bool = False) -> Rule:
     return rule
 
 
+def logical(kind: str) -> Rule:
+    def rule(e: Emitter, n: Node) -> str:
+        if any(e.dtype(a) != torch.bool for a in n.all_input_nodes):
+            raise e.error("only truth values are supported, not bits of numbers")
+        return e.op(kind, *(e.operand(a, torch.bool) for a in n.args))
+
+    return rule
+
+
 def common_dtype(e: Emitter, n: Node) -> torch.dtype:
     """The dtype in which two operands are compared: the wider one; a number takes that of the tensor."""
     kinds = [e.dtype(a) for a in n.args[:2] if isinstance(a, Node)]
@@ -183,10 +192,14 @@ PLAIN |= {
     getattr(aten, name).default: unary(kind)
     for name, kind in {
         "sigmoid": "Sigmoid", "tanh": "Tanh", "cos": "Cos", "sin": "Sin", "exp": "Exp", "log": "Log", "sqrt": "Sqrt",
-        "neg": "Neg", "abs": "Abs", "relu": "Relu", "erf": "Erf", "reciprocal": "Reciprocal", "logical_not": "Not",
+        "neg": "Neg", "abs": "Abs", "relu": "Relu", "erf": "Erf", "reciprocal": "Reciprocal",
     }.items()
 }  # fmt: skip
 for _name, _kind in {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}.items():
     PLAIN |= {getattr(getattr(aten, _name), o): binary(_kind, compares=True) for o in ("Tensor", "Scalar")}
-for _name, _kind in {"logical_and": "And", "logical_or": "Or", "bitwise_and": "And", "bitwise_or": "Or"}.items():
-    PLAIN[getattr(aten, _name).Tensor if "bitwise" in _name else getattr(aten, _name).default] = binary(_kind)
+_LOGICAL = {
+    "And": (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor),
+    "Or": (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor),
+    "Not": (aten.logical_not.default, aten.bitwise_not.default),
+}
+PLAIN |= {op: logical(kind) for kind, ops in _LOGICAL.items() for op in ops}

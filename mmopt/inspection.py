@@ -159,8 +159,7 @@ def inspect(
     """Count a Program: what ``mmopt inspect --json`` prints.
 
     The schedule is followed for `batch` samples with the typical prompt of `images` images each (by default as many as
-    the program was traced for) and `new_tokens` tokens, fewer if the context ends before. Raises ValueError if the
-    images do not fit into the context.
+    the program was traced for) and up to `new_tokens` tokens. Raises ValueError if the images do not fit the context.
     """
     given = {"batch": batch, "images": images, "context": context}
     info = program.info | {k: v for k, v in given.items() if v is not None}
@@ -183,9 +182,9 @@ def inspect(
 
 def _prompt_text(info: dict[str, Any], prompt: list[int], rows: int) -> str:
     leading = next((i for i, t in enumerate(prompt) if t == info["image_id"]), 0)
-    n, text = info["images"], len(prompt) - leading - info["images"]
+    n = info["images"]
     images = f"{leading} rows of text, {n} x {info['rows_per_image']} rows of images, " if n else ""
-    return f"The prompt of each of the {info['batch']} samples: {images}{text} rows of text; {rows} rows in all."
+    return f"The prompt of each sample: {images}{len(prompt) - leading - n} rows of text; {rows} rows in all."
 
 
 def _stage(stage: Stage) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def rows(m, visual, text):
 
 def masked(m, q, k, mask):
     k = torch.cat([k, k], 2)
-    return ops.attention(q, k[..., :4], k[..., 4:8], 4, 2, mask, True), ops.attention(q, k, k, 4, 4, None, True, 0.5)
+    return ops.attention(q, k[..., :8], k[..., 4:12], 4, 2, mask, True), ops.attention(q, k, k, 4, 4, None, True, 0.5)
 
 
 D = toys.D
@@ -51,7 +51,7 @@ TOYS = {
     ),
     "softmax": (lambda m, x: (torch.softmax(x, -1), x.argmax(-1)), {"x": ("B", "nt", D)}),
     "convolution": (
-        lambda m, x: m.conv(torch.stack([x, -x], 1)).flatten(2).transpose(1, 2),
+        lambda m, x: m.conv(torch.cat([x[:, None], -x[:, None]], 1)).flatten(2).transpose(1, 2),
         {"x": ("B", 6, D)},
     ),
 }  # fmt: skip

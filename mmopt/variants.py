@@ -166,7 +166,7 @@ class TorchStages:
 
     def logits(self) -> torch.Tensor:
         """Those of the last row ``[V]`` of the last prefill or decode."""
-        return self.values["logits"][0, -1].float().cpu()
+        return self.values["logits"][0, -1].float().cpu().clone()
 
 
 # ------------------------------------------------------------------------------------------------------- in an engine

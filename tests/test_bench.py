@@ -135,17 +135,17 @@ def test_decode_goes_on_token_by_token(grouped, inputs):
     torch.testing.assert_close(made[2], made[0], atol=1e-4, rtol=1e-4)
 
 
-def test_compiled_decode_agrees(grouped, inputs, monkeypatch):
-    import torch._inductor.config
+def test_compiled_decode_agrees(grouped, inputs):
+    from torch._inductor import config
 
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # put back at the end: compile() sets it
     _, program, _ = grouped
     stages = TorchStages(program, inputs, "known", Shared())
     expected = outputs(stages)[1]
     stages.steps = {"decode": stages.steps["decode"]}
-    stages.compile()
-    stages.values["logits"].zero_()
-    with torch.no_grad():
+    with torch.no_grad(), config.patch(freezing=False):  # put back at the end: compile() sets it
+        stages.compile()
+        assert config.freezing
+        stages.values["logits"].zero_()
         stages.run("decode")
     torch.testing.assert_close(stages.logits(), expected, atol=2e-4, rtol=1e-4)
 
@@ -164,7 +164,8 @@ def test_stages_survive_a_file(grouped, inputs, tmp_path):
 @pytest.fixture(scope="module")
 def result(grouped):
     told = []
-    made = bench(grouped[0], context=64, rounds=3, threads=1, compiled=False, memory=False, limit_bytes=1 << 20, progress=told.append)  # fmt: skip
+    options = {"context": 64, "rounds": 3, "threads": 1, "limit_bytes": 1 << 20}
+    made = bench(grouped[0], **options, compiled=False, memory=False, progress=told.append)
     assert "round 3 of 3" in told
     return made
 
@@ -214,8 +215,9 @@ def test_plot_is_drawn(result, tmp_path):
 
 
 def test_total_is_added_up_within_rounds():
-    times = {("encode", "eager"): [[1.0], [2.0]], ("prefill", "eager"): [[3.0], [1.0]], ("decode", "eager"): [[0.1, 0.3, 0.2], [0.4, 0.4, 0.4]]}  # fmt: skip
-    times |= {(s, "engine"): [[t / 2 for t in r] for r in times[s, "eager"]] for s in ("encode", "prefill", "decode")}
+    eager = {"encode": [[1.0], [2.0]], "prefill": [[3.0], [1.0]], "decode": [[0.1, 0.3, 0.2], [0.4, 0.4, 0.4]]}
+    times = {(s, "eager"): t for s, t in eager.items()}
+    times |= {(s, "engine"): [[x / 2 for x in r] for r in t] for s, t in eager.items()}
     rows = rows_of(times, ["eager", "engine"], new_tokens=10)
     total = next(r for r in rows if r["stage"] == "total" and r["variant"] == "eager")
     assert total["min_ms"] == pytest.approx(6000)  # 1 + 3 + 10 x 0.2; the other round: 2 + 1 + 10 x 0.4
@@ -234,7 +236,7 @@ def test_what_answers_differently_is_not_timed(grouped, inputs):
             agreement({"routed": variants["routed"], "wrong": wrong}, program)
 
 
-def test_bad_input(grouped, model):
+def test_bad_input(grouped):
     with pytest.raises(ValueError, match="shapes only"):
         bench(from_config("mplug-owl2-tiny"))
     with pytest.raises(ValueError, match="context is 16, expected at least 22"):

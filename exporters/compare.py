@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from mmopt.exporters.emit import output_name
+from mmopt.exporters.emit import ExportError, output_name
 from mmopt.exporters.weights import weight_bytes
 
 from mmopt import contracts
@@ -39,13 +39,19 @@ def compare_with_program(directory: Path, program: Program, facts: dict[str, Any
     options.enable_cpu_mem_arena = False
     for name, listed in facts["stages"].items():
         stage = program.stages[name]
-        session = ort.InferenceSession(directory / listed["file"], options, providers=["CPUExecutionProvider"])
+        try:
+            session = ort.InferenceSession(directory / listed["file"], options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # ONNX Runtime has many error types, none of them public
+            raise ExportError(f"stage {name}: ONNX Runtime does not load it: {e}") from e
         outputs = [output_name(stage, k) for k in stage.outputs]
         for seed, sizes in enumerate(sizes_of(stage, program.info)):
             values = random_values(stage, sizes, program.info, seed)
             expected = stage.run(program.weights, values, keep_constants=False)
             given = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in values.items()}
-            made = session.run(outputs, given)
+            try:
+                made = session.run(outputs, given)
+            except Exception as e:
+                raise ExportError(f"stage {name}: ONNX Runtime fails at {sizes}: {e}") from e
             for k, array in zip(stage.outputs, made, strict=True):
                 wanted, value = expected[k], torch.from_numpy(array)
                 node = stage.output_nodes()[k]

@@ -161,6 +161,32 @@ def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: 
     return mask
 
 
+def heads_of(e: Emitter, x: Node, heads: int) -> str:
+    """[B, rows, heads * d] -> [B, heads, rows, d]"""
+    split = e.op("Reshape", e.value(x), e.ints([0, 0, heads, int(shape_of(x)[-1]) // heads]))
+    return e.op("Transpose", split, perm=[0, 2, 1, 3])
+
+
+def flat(e: Emitter, name: str, width: int) -> str:
+    """[B, heads, rows, d] -> [B, rows, heads * d]"""
+    return e.op("Reshape", e.op("Transpose", name, perm=[0, 2, 1, 3]), e.ints([0, 0, width]))
+
+
+def scattered_attention(e: Emitter, n: Node) -> tuple:
+    """Attention with a cache in standard operators: rows into the caches, then over the whole capacity with a mask."""
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = cached_attention_args(n)
+    keys, values = (
+        e.op("TensorScatter", e.value(cache), heads_of(e, x, kv_heads), e.value(past), axis=-2)
+        for cache, x in ((key_cache, k), (value_cache, v))
+    )
+    rows, capacity = e.op("Range", e.scalar(0), e.scalar(shape_of(q)[1]), e.scalar(1)), int(shape_of(key_cache)[2])
+    positions = e.op("Add", e.op("Reshape", e.value(past), e.ints([-1, 1])), rows)
+    slots = e.constant(torch.arange(capacity))
+    mask = e.op("LessOrEqual", slots, e.op("Unsqueeze", positions, e.ints([1, 3])))  # [B, 1, rows, capacity]
+    out = e.op("Attention", heads_of(e, q, heads), keys, values, mask, scale=scale)
+    return flat(e, out, int(shape_of(q)[-1])), keys, values
+
+
 PLAIN: dict[Any, Rule] = {
     operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],
     RESHAPE: reshape,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from mmopt.exporters.emit import CONTRIB, Emitter, Rule
-from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, cached_attention_args
+from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, cached_attention_args, scattered_attention
 from torch.fx import Node
 
 from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, MUL, aten, shape_of
@@ -24,9 +24,12 @@ from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, MUL, aten, shape_of
 def cached_attention(e: Emitter, n: Node) -> tuple:
     """GroupQueryAttention; the caches are written in place when the same buffer is bound as input and as output.
 
-    It takes several rows on top of a cache at batch 1 only; one row, or an empty cache, at any batch.
+    It takes several rows on top of a cache at batch 1 only; one row, or an empty cache, at any batch. Heads must be a
+    multiple of 8 wide; others take the standard operators.
     """
     q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = cached_attention_args(n)
+    if int(shape_of(q)[-1]) // heads % 8:
+        return scattered_attention(e, n)
     rows = shape_of(q)[1]
     if rows != shape_of(k)[1]:
         raise e.error(f"attention with a cache needs as many query rows as key rows, found {rows} and {shape_of(k)[1]}")

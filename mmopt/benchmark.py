@@ -27,6 +27,7 @@ from mmopt.variants import STAGES, EngineStages, Inputs, TorchStages
 
 REPEATS = {"encode": 1, "prefill": 1, "decode": 4}  # timed calls in a round; decode is short
 CHOOSING_ROUNDS = 5
+CONTEXT = 768
 NOTES = (
     "eager: plain torch code, the better of the two baselines for each stage; both are static in shape and write their "
     "caches in place. routed: branches chosen by compare, nonzero, gather and scatter, as reference implementations "
@@ -44,7 +45,7 @@ NOTES = (
 
 def bench(
     model: Model,
-    context: int = 768,
+    context: int | None = None,
     rounds: int = 30,
     threads: int = 2,
     device: str | None = None,
@@ -56,15 +57,17 @@ def bench(
 ) -> dict[str, Any]:
     """Time the stages of a model with weights; the result is what ``mmopt bench --json`` prints.
 
-    The caches hold `context` rows and are half filled. On the CPU everything runs in float32; on a CUDA device (taken
-    where there is one) in bfloat16, decode as a CUDA graph. `limit_bytes` is the size of the array that bandwidth is
-    measured on. `memory` and `compiled` leave out what takes long. Raises ValueError for a model without weights or a
-    context that is too small, ContractError if two variants do not give the same logits.
+    The caches hold `context` rows (by default 768, or what the config allows if that is less) and are half filled. On
+    the CPU everything runs in float32; on a CUDA device (taken where there is one) in bfloat16, decode as a CUDA graph.
+    `limit_bytes` is the size of the array that bandwidth is measured on. `memory` and `compiled` leave out what takes
+    long. Raises ValueError for a model without weights or a context that is too small, ContractError if two variants do
+    not give the same logits.
     """
     if not model.has_weights:
         raise ValueError("the model has shapes only, no weights: load a checkpoint or ask for random weights")
     tell = progress or (lambda now: None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    context = min(CONTEXT, model.config.max_position_embeddings) if context is None else context
     model = _in_dtype(model, torch.float32 if place.type == "cpu" else torch.bfloat16)
     before, freezing = torch.get_num_threads(), torch._inductor.config.freezing
     torch.set_num_threads(threads)

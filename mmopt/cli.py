@@ -233,7 +233,9 @@ def bench(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Needed with --config.")] = False,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 30,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    context: Annotated[int, typer.Option(help="Cache capacity in rows; half of it is filled.", min=16)] = 768,
+    context: Annotated[
+        Optional[int], typer.Option(help="Cache capacity in rows; half of it is filled. [default: 768 or less]", min=16)
+    ] = None,
     dtype: DtypeOption = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,
     as_json: JsonOption = False,

@@ -80,7 +80,7 @@ class FoldConstants(Pass):
             if n.target is not LINEAR:
                 return None
             norm, added = as_norm(n.args[0])
-            if norm not in shared:
+            if norm is None or norm not in shared:
                 return None
             seen = args[0]
             constant: Any = None
@@ -157,7 +157,5 @@ def foldable(user: Node) -> bool:
     if user.target is LINEAR:
         return True
     return (
-        user.target is ADD
-        and any(as_wide(a, user) for a in user.args)
-        and all(u.target is LINEAR for u in user.users)
+        user.target is ADD and any(as_wide(a, user) for a in user.args) and all(u.target is LINEAR for u in user.users)
     )

@@ -14,11 +14,11 @@ from sessions import session
 from mmopt.graph import aten
 
 
-@pytest.fixture(params=["traced", "optimized", "grouped"])
+@pytest.fixture(params=["traced", "optimized", "grouped", "narrow"])
 def any_program(request):
     if request.param == "optimized":
         return request.getfixturevalue("result").program
-    return request.getfixturevalue({"traced": "program", "grouped": "grouped"}[request.param])
+    return request.getfixturevalue({"traced": "program"}.get(request.param, request.param))
 
 
 @pytest.fixture
@@ -123,6 +123,15 @@ def test_checker_refusal_is_named(program, tmp_path, monkeypatch):
     rules = lower_onnxruntime.RULES | {aten.layer_norm.default: lambda e, n: e.op("NoSuchOperator", e.value(n.args[0]))}
     monkeypatch.setattr(lower_onnxruntime, "RULES", rules)
     with pytest.raises(ExportError, match=r"vision\.onnx: the ONNX checker refuses it.*NoSuchOperator"):
+        export(program, tmp_path / "engine")
+
+
+def test_what_does_not_run_is_named(program, tmp_path, monkeypatch):
+    def wrong(e, n):
+        return e.op("Reshape", lower_onnxruntime.linear(e, n), e.ints([7, 7]))
+
+    monkeypatch.setattr(lower_onnxruntime, "RULES", lower_onnxruntime.RULES | {aten.linear.default: wrong})
+    with pytest.raises(ExportError, match="stage vision: ONNX Runtime"):
         export(program, tmp_path / "engine")
 
 

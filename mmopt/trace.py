@@ -1,1 +1,0 @@
-from mmopt.tracing import trace as trace

@@ -39,12 +39,13 @@ class Reference:
 
     def rows(self, ids: list[int], image: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of one prompt and which of them are visual."""
-        parts, visual = [], []
-        for i in ids:
-            part = image if i == self.image_id else self.module.model.embed_tokens(torch.tensor([i]))
-            parts.append(part)
-            visual += [i == self.image_id] * len(part)
-        return torch.cat(parts), torch.tensor(visual)
+        text = self.module.model.embed_tokens(torch.tensor([i for i in ids if i != self.image_id]))
+        if image is None:
+            return text, torch.zeros(len(text), dtype=torch.bool)
+        at = ids.index(self.image_id)
+        visual = torch.zeros(len(text) + len(image), dtype=torch.bool)
+        visual[at : at + len(image)] = True
+        return torch.cat([text[:at], image, text[at:]]), visual
 
     def answers(self, questions: list[vqa.Question], image: torch.Tensor | None) -> tuple[list[str], torch.Tensor]:
         """Greedy answers to questions on one picture, all at once; and the first logits of each."""

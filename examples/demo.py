@@ -110,8 +110,9 @@ def main() -> None:
         rows = None if picture is None else engine.encode_images([picture])
         for part in (group[i : i + 16] for i in range(0, len(group), 16)):
             expected, logits = reference.answers(part, image)
-            made = engine.run_ids([reference.prompt(q) for q in part], image_rows=None if rows is None else np.repeat(np.asarray(rows), len(part), 0),
-                                  max_new_tokens=NEW_TOKENS, logits=True)  # fmt: skip
+            repeated = None if rows is None else np.repeat(np.asarray(rows), len(part), axis=0)
+            prompts = [reference.prompt(q) for q in part]
+            made = engine.run_ids(prompts, image_rows=repeated, max_new_tokens=NEW_TOKENS, logits=True)
             given = [reference.text.decode([t for t in ids if t != reference.eos]) for ids in made.tokens]
             drift = max(drift, float(np.abs(np.stack([steps[0] for steps in made.logits]) - logits.numpy()).max()))
             before += zip(part, expected, strict=True)

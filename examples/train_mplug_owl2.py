@@ -1,7 +1,7 @@
 """Train a small mPLUG-Owl2 on easy-VQA pictures and two text-only tasks; write it in the official checkpoint layout.
 
-    python examples/train_mplug_owl2.py --out examples/checkpoints/mplug-owl2-vqa
-    python examples/train_mplug_owl2.py --out examples/checkpoints/mplug-owl2-vqa --evaluate   # test set only
+python examples/train_mplug_owl2.py --out examples/checkpoints/mplug-owl2-vqa
+python examples/train_mplug_owl2.py --out examples/checkpoints/mplug-owl2-vqa --evaluate   # test set only
 """
 
 import argparse

@@ -76,7 +76,8 @@ def from_config(
 ) -> Model:
     """A model of a shipped config (``mplug-owl2-7b`` ...), a config.json file or a dict.
 
-    `dtype` is by default the config's torch_dtype, or float32. Without `random` the weights are shapes only: they can be traced, optimized and inspected, not run.
+    `dtype` is by default the config's torch_dtype, or float32. Without `random` the weights are shapes only: they can
+    be traced, optimized and inspected, not run.
     """
     raw = name if isinstance(name, dict) else _read_json(_config_file(name))
     family = family_of(raw)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, cast
 
 import typer
 from rich.console import Console
@@ -201,7 +201,7 @@ def run(
             )
         )
         return
-    for piece in loaded.generate(prompt, stream=True, **options):
+    for piece in cast(Iterator[str], loaded.generate(prompt, stream=True, **options)):
         print(piece, end="", flush=True)
     print()
 

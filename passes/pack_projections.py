@@ -23,7 +23,8 @@ class PackProjections(Pass):
     def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
         groups = self.groups(graph, stage, report)
         if not groups:
-            report.skip(stage, "no two projections read the same rows")
+            if not any(s.startswith(f"{stage}: ") for s in report.skipped):
+                report.skip(stage, "no two projections read the same rows")
             return graph
         leader = {n: group for group in groups for n in group}
 

@@ -103,7 +103,8 @@ def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:
     examples = EXAMPLE | {"n": 7}
 
     def example(t: TensorSpec) -> torch.Tensor:
-        return torch.zeros([examples[s] if isinstance(s, str) else s for s in t.shape], dtype=t.dtype)
+        shape = [examples[s] if isinstance(s, str) else s for s in t.shape]
+        return torch.zeros((), dtype=t.dtype).expand(shape)  # takes no memory: caches of a large model are gigabytes
 
     def free(t: TensorSpec) -> dict[int, Any]:
         return {i: dims[s] for i, s in enumerate(t.shape) if isinstance(s, str)}

@@ -95,6 +95,11 @@ class Builder:
             self._seen[key] = node
         return self._seen[key]
 
+    def leaf(self, node: Node) -> Node:
+        """An input or a weight of another graph in this one."""
+        make = self.placeholder if node.op == "placeholder" else self.weight
+        return make(str(node.target), shape_of(node), node.meta["dtype"])
+
     def emit(self, op: Any, args: tuple, shape: Iterable[Size], dtype: Any, source: Any = None) -> Node:
         """One operator. `source` tags the node of the graph before the rewrite that it is a part of."""
         shape = list(shape) if several(dtype) else tuple(simplify(s) for s in shape)
@@ -172,16 +177,23 @@ def mapped(args: Any, env: dict[Node, Any]) -> Any:
     return env[args] if isinstance(args, Node) else args
 
 
-def rebuild(graph: Graph, visit: Callable[[Builder, Node, tuple], Node | None]) -> Graph:
-    """Copy a graph node by node; `visit` returns what stands for a node given its new arguments, None to copy it."""
+def rebuild(
+    graph: Graph,
+    visit: Callable[[Builder, Node, tuple], Node | None],
+    shapes: dict[Node, tuple[Size, ...]] | None = None,
+) -> Graph:
+    """Copy a graph node by node; `visit` returns what stands for a node given its new arguments, None to copy it.
+
+    `shapes` gives inputs another shape.
+    """
     b = Builder()
     env: dict[Node, Any] = {}
     for n in graph.nodes:
         args = mapped(n.args, env)
         if n.op == "placeholder":
-            env[n] = b.placeholder(n.target, shape_of(n), n.meta["dtype"])
+            env[n] = b.placeholder(n.target, (shapes or {}).get(n, shape_of(n)), n.meta["dtype"])
         elif n.op == "get_attr":
-            env[n] = b.weight(n.target, shape_of(n), n.meta["dtype"])
+            env[n] = b.leaf(n)
         elif n.op == "output":
             b.output(list(args[0]))
         else:

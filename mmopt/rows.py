@@ -81,10 +81,8 @@ class Seams:
     def run(self, graph: Graph) -> Graph:
         env: dict[Node, Value] = {}
         for n in graph.nodes:
-            if n.op == "placeholder":
-                env[n] = self.b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
-            elif n.op == "get_attr":
-                env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])
+            if n.op in ("placeholder", "get_attr"):
+                env[n] = self.b.leaf(n)
             elif n.op == "output":
                 self.b.output([self.join(env[a]) for a in n.args[0]])
             else:

@@ -89,25 +89,13 @@ def keep_last(stage: Stage, output: str, dim: int, count: int) -> Stage:
 def accept_last(stage: Stage, value: str, dim: int, count: int) -> Stage:
     """The reader's input now holds the wanted rows only."""
     wanted = stage.input_nodes()[value]
-    b = Builder()
-    env: dict[Node, Any] = {}
-    for n in stage.graph.nodes:
-        args = mapped(n.args, env)
-        if n is wanted:
-            shape = list(shape_of(n))
-            shape[dim] = count
-            env[n] = b.placeholder(str(n.target), tuple(shape), n.meta["dtype"])
-        elif n.target is SLICE and n.args[0] is wanted:
-            env[n] = env[wanted]
-        elif n.op == "placeholder":
-            env[n] = b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
-        elif n.op == "get_attr":
-            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
-        elif n.op == "output":
-            b.output(list(args[0]))
-        else:
-            env[n] = b.copy(n, args)
-    return stage.replaced(b.graph)
+    shape = list(shape_of(wanted))
+    shape[dim] = count
+
+    def visit(b: Builder, n: Node, args: tuple) -> Node | None:
+        return args[0] if n.target is SLICE and n.args[0] is wanted else None
+
+    return stage.replaced(rebuild(stage.graph, visit, {wanted: tuple(shape)}))
 
 
 def demands(graph: Graph) -> dict[Node, Demand]:
@@ -158,10 +146,8 @@ def push_slices(graph: Graph, stage: str, report: Report) -> Graph:
     moved = 0
     for n in graph.nodes:
         d = wanted[n]
-        if n.op == "placeholder":
-            env[n] = b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
-        elif n.op == "get_attr":
-            env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
+        if n.op in ("placeholder", "get_attr"):
+            env[n] = b.leaf(n)
         elif n.op == "output":
             b.output([env[a] for a in n.args[0]])
         elif n.target is SLICE and len(n.args) == 4:

@@ -129,7 +129,7 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
             if n in env or n.op in ("placeholder", "output"):
                 continue
             if n.op == "get_attr":
-                env[n] = b.weight(str(n.target), shape_of(n), n.meta["dtype"])
+                env[n] = b.leaf(n)
             else:
                 env[n] = b.copy(n, mapped(n.args, env))
         b.output([env[n] for n in wanted.values()])

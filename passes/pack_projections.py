@@ -54,7 +54,7 @@ class PackProjections(Pass):
     def weight(self, b: Builder, n: Node) -> Node:
         """A constant expression of the old graph in the new one."""
         if n.op == "get_attr":
-            return b.weight(str(n.target), shape_of(n), n.meta["dtype"])
+            return b.leaf(n)
 
         def value(a):
             if isinstance(a, Node):

@@ -77,7 +77,7 @@ class Rejoin:
     def run(self) -> tuple[Graph, int]:
         for n in self.graph.nodes:
             if n.op == "placeholder":
-                self.env[n] = self.b.placeholder(str(n.target), shape_of(n), n.meta["dtype"])
+                self.env[n] = self.b.leaf(n)
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         order = list(self.graph.nodes)
         for n in order:  # in order where possible; the parts of a group are made together when the first is asked for
@@ -103,7 +103,7 @@ class Rejoin:
             if len(group) > 1:
                 self.join_group(group)
             elif n.op == "get_attr":
-                self.env[n] = self.b.weight(str(n.target), shape_of(n), n.meta["dtype"])
+                self.env[n] = self.b.leaf(n)
             else:
                 self.env[n] = self.copy(n)
 

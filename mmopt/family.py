@@ -29,6 +29,24 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """How text rows see images that lie outside the text, through cross-attention. Defaults: see `mmopt.sight`.
+
+    blocks: blocks of rows that one image becomes (tiles). rows, width: shape of a block.
+    before: what text before the first image gets, "nothing" (zeros) or "everything" (all keys weigh the same).
+    together: images whose markers follow each other directly are seen together by the text after them.
+    reset: a marker that is fed while decoding makes its sample see the first image again and the others none.
+    """
+
+    blocks: int
+    rows: int
+    width: int
+    before: str = "nothing"
+    together: bool = False
+    reset: bool = False
+
+
+@dataclass(frozen=True)
 class Cases:
     """Names of recorded tensors -> the modules whose output (or first input) they are; ``{}`` stands for an index."""
 
@@ -54,21 +72,25 @@ class Family:
     image_processing: Callable[[Any, dict], dict]  # config, preprocessor_config.json -> fields of ImageProcessor
     chat: dict[str, str]  # fields of ChatTemplate
     cases: Cases
+    cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
+    recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
 
 
 def families() -> list[Family]:
-    """Every family: the FAMILY of each module in `mmopt.models`."""
+    """Every family: the FAMILY, or the FAMILIES, of each module in `mmopt.models`."""
     import mmopt.models
 
     names = sorted(m.name for m in pkgutil.iter_modules(mmopt.models.__path__))
     modules = [importlib.import_module(f"mmopt.models.{n}") for n in names]
-    return [m.FAMILY for m in modules]
+    return [f for m in modules for f in (getattr(m, "FAMILIES", None) or [m.FAMILY])]
 
 
 def family_of(config: dict) -> Family:
     """The family that a config.json belongs to, by its architectures, else by its model_type."""
     architectures, model_type = config.get("architectures") or [], config.get("model_type")
     for f in families():
+        if not architectures and model_type is None and f.recognises(config):
+            return f
         if set(architectures) & set(f.architectures) or (not architectures and model_type in f.model_types):
             return f
     known = ", ".join(a for f in families() for a in f.architectures)

@@ -62,6 +62,7 @@ def _cached_attention(
     heads: int,
     kv_heads: int,
     scale: float | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[1]
     positions = past[:, None] + torch.arange(rows, device=past.device)
@@ -69,7 +70,11 @@ def _cached_attention(
     index = positions[:, None, :, None].expand(k.shape)
     key_cache, value_cache = key_cache.scatter(2, index, k), value_cache.scatter(2, index, v)
     total = int(past.max()) + rows  # the rest of the cache is masked: leave it out of the product
-    mask = torch.arange(total, device=past.device) <= positions[:, None, :, None]
+    slots = torch.arange(total, device=past.device)
+    mask = slots <= positions[:, None, :, None]
+    if slopes is not None:  # softmax does not see what all keys of a query have in common, so the key's place will do
+        bias = slopes.float()[:, None, None] * (slots - slots[-1])
+        mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
     out = F.scaled_dot_product_attention(
         _heads(q, heads),
         key_cache[:, :, :total],
@@ -81,9 +86,97 @@ def _cached_attention(
     return _flat(out), key_cache, value_cache
 
 
+def _cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    attends: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    batch, blocks, rows, width = k.shape
+    mask = seen[:, None, :, :, None].expand(batch, 1, q.shape[1], blocks, rows).flatten(3)
+    none = ~seen.any(-1)[:, None, :, None]  # sees no block: all keys weigh the same
+    out = F.scaled_dot_product_attention(
+        _heads(q, heads) * ~none,
+        _heads(k.reshape(batch, blocks * rows, width), kv_heads),
+        _heads(v.reshape(batch, blocks * rows, v.shape[3]), kv_heads),
+        attn_mask=mask | none,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return _flat(out) * attends[..., None]
+
+
+def _segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_rows: Tensor,
+    row_segments: Tensor,
+    heads: int,
+    kv_heads: int,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    parts = q.flatten(0, 1)[segment_rows]
+    keys, values = k.flatten(1, 2), v.flatten(1, 2)
+    mask = None if key_mask is None else key_mask.repeat_interleave(k.shape[2], 1)
+    out = _attention(parts, keys, values, heads, kv_heads, mask, False, scale).flatten(0, 1)
+    return torch.cat([out, out.new_zeros(1, out.shape[1])])[row_segments]
+
+
+_cross_attention_op = torch.library.custom_op("mmopt::cross_attention", _cross_attention, mutates_args=())
+_segment_attention_op = torch.library.custom_op("mmopt::segment_attention", _segment_attention, mutates_args=())
 _attention_op = torch.library.custom_op("mmopt::attention", _attention, mutates_args=())
 _rotary_op = torch.library.custom_op("mmopt::rotary", _rotary, mutates_args=())
-_cached_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
+_cacheddef _cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    attends: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    batch, blocks, rows, width = k.shape
+    mask = seen[:, None, :, :, None].expand(batch, 1, q.shape[1], blocks, rows).flatten(3)
+    none = ~seen.any(-1)[:, None, :, None]  # sees no block: all keys weigh the same
+    out = F.scaled_dot_product_attention(
+        _heads(q, heads) * ~none,
+        _heads(k.reshape(batch, blocks * rows, width), kv_heads),
+        _heads(v.reshape(batch, blocks * rows, v.shape[3]), kv_heads),
+        attn_mask=mask | none,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return _flat(out) * attends[..., None]
+
+
+def _segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_rows: Tensor,
+    row_segments: Tensor,
+    heads: int,
+    kv_heads: int,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    parts = q.flatten(0, 1)[segment_rows]
+    keys, values = k.flatten(1, 2), v.flatten(1, 2)
+    mask = None if key_mask is None else key_mask.repeat_interleave(k.shape[2], 1)
+    out = _attention(parts, keys, values, heads, kv_heads, mask, False, scale).flatten(0, 1)
+    return torch.cat([out, out.new_zeros(1, out.shape[1])])[row_segments]
+
+
+_cross_attention_op = torch.library.custom_op("mmopt::cross_attention", _cross_attention, mutates_args=())
+_segment_attention_op = torch.library.custom_op("mmopt::segment_attention", _segment_attention, mutates_args=())
+_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
 
 
 @_attention_op.register_fake
@@ -96,8 +189,18 @@ def _(x, cos, sin, heads):
     return torch.empty_like(x)
 
 
+@_cross_attention_op.register_fake
+def _(q, k, v, seen, attends, heads, kv_heads, scale=None):
+    return q.new_empty(q.shape)
+
+
+@_segment_attention_op.register_fake
+def _(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask=None, scale=None):
+    return q.new_empty(q.shape)
+
+
 @_cached_attention_op.register_fake
-def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None):
+def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None):
     return q.new_empty(q.shape), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 
@@ -117,11 +220,36 @@ def rotary(x, cos, sin, heads):
     return f(x, cos, sin, heads)
 
 
-def cached_attention(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None):
+def cached_attention(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None):
     """Causal self-attention on top of a cache of fixed capacity; returns ``(out, key_cache, value_cache)``.
 
     Row i of sample b is written to cache slot ``past[b] + i`` and sees the slots up to it. q ``[B, n, heads*d]``; k, v
     ``[B, n, kv_heads*d]``; caches ``[B, kv_heads, capacity, d]``; past ``[B]`` int64. The caches given are not changed.
+    slopes ``[heads]``: ALiBi (Press et al. 2022, arXiv:2108.12409), head h adds ``slopes[h] * (j - i)`` to the score of
+    key j for query i.
     """
     f = torch.ops.mmopt.cached_attention if torch.compiler.is_exporting() else _cached_attention
-    return f(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale)
+    return f(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes)
+
+
+def cross_attention(q, k, v, seen, attends, heads, kv_heads, scale=None):
+    """Attention of text rows over blocks of rows that lie outside the text (images, tiles) -> ``[B, n, heads*d]``.
+
+    q ``[B, n, heads*d]``; k, v ``[B, blocks, rows, kv_heads*d]``. seen ``[B, n, blocks]`` is True where a text row sees
+    a block; a row that sees none weighs all keys the same (that is what a mask of large negative numbers gives).
+    attends ``[B, n]``: rows where it is False get zeros.
+    """
+    f = torch.ops.mmopt.cross_attention if torch.compiler.is_exporting() else _cross_attention
+    return f(q, k, v, seen, attends, heads, kv_heads, scale)
+
+
+def segment_attention(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask=None, scale=None):
+    """`cross_attention` with each text row put beside the one group of blocks that it sees -> ``[B, n, heads*d]``.
+
+    q ``[B, n, heads*d]``; k, v ``[S, blocks, rows, kv_heads*d]``: what each of S segments of rows sees; key_mask
+    ``[S, blocks]`` is True for blocks that count. segment_rows ``[S, L]``: the rows of each segment, as indices into
+    the ``B * n`` rows (any index where a segment is shorter). row_segments ``[B, n]``: where each row went, as an index
+    into the ``S * L`` places; S * L itself is for rows that get zeros.
+    """
+    f = torch.ops.mmopt.segment_attention if torch.compiler.is_exporting() else _segment_attention
+    return f(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask, scale)

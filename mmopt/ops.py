@@ -132,51 +132,7 @@ _cross_attention_op = torch.library.custom_op("mmopt::cross_attention", _cross_a
 _segment_attention_op = torch.library.custom_op("mmopt::segment_attention", _segment_attention, mutates_args=())
 _attention_op = torch.library.custom_op("mmopt::attention", _attention, mutates_args=())
 _rotary_op = torch.library.custom_op("mmopt::rotary", _rotary, mutates_args=())
-_cacheddef _cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    attends: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float | None = None,
-) -> Tensor:
-    batch, blocks, rows, width = k.shape
-    mask = seen[:, None, :, :, None].expand(batch, 1, q.shape[1], blocks, rows).flatten(3)
-    none = ~seen.any(-1)[:, None, :, None]  # sees no block: all keys weigh the same
-    out = F.scaled_dot_product_attention(
-        _heads(q, heads) * ~none,
-        _heads(k.reshape(batch, blocks * rows, width), kv_heads),
-        _heads(v.reshape(batch, blocks * rows, v.shape[3]), kv_heads),
-        attn_mask=mask | none,
-        scale=scale,
-        enable_gqa=heads != kv_heads,
-    )
-    return _flat(out) * attends[..., None]
-
-
-def _segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_rows: Tensor,
-    row_segments: Tensor,
-    heads: int,
-    kv_heads: int,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    parts = q.flatten(0, 1)[segment_rows]
-    keys, values = k.flatten(1, 2), v.flatten(1, 2)
-    mask = None if key_mask is None else key_mask.repeat_interleave(k.shape[2], 1)
-    out = _attention(parts, keys, values, heads, kv_heads, mask, False, scale).flatten(0, 1)
-    return torch.cat([out, out.new_zeros(1, out.shape[1])])[row_segments]
-
-
-_cross_attention_op = torch.library.custom_op("mmopt::cross_attention", _cross_attention, mutates_args=())
-_segment_attention_op = torch.library.custom_op("mmopt::segment_attention", _segment_attention, mutates_args=())
-_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
+_cached_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
 
 
 @_attention_op.register_fake

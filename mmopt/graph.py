@@ -29,7 +29,8 @@ ADD, MUL, EMBEDDING, CONV2D = aten.add.Tensor, aten.mul.Tensor, aten.embedding.d
 ATTENTION, CACHED_ATTENTION, ROTARY = (
     mm.attention.default, mm.cached_attention.default, mm.rotary.default
 )  # fmt: skip
-HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION}
+CROSS_ATTENTION, SEGMENT_ATTENTION = mm.cross_attention.default, mm.segment_attention.default
+HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, SEGMENT_ATTENTION}
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -243,6 +244,8 @@ def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
             return {0: 0, 1: 0, 2: 0, 5: 0}
         causal = len(args) > 6 and args[6]
         return {0: 1, 1: None, 2: None, 5: None} if dim == 1 and not causal else None
+    if op is CROSS_ATTENTION:
+        return {0: {0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 1: {0: 1, 1: None, 2: None, 3: 1, 4: 1}}.get(dim)
     if op is CONV2D:
         return {0: 0, 1: None, 2: None} if dim == 0 else None
     if op is FULL:

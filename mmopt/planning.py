@@ -22,12 +22,20 @@ def count_rows(prompt: Sequence[int], info: dict[str, Any]) -> int:
     return len(prompt) + images * (info["rows_per_image"] - 1)
 
 
-def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int) -> list[Chunk]:
+def plan(
+    prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int, images: Sequence[int] | None = None
+) -> list[Chunk]:
     """Prompts (ids with ``info["image_id"]`` where an image stands) -> chunks, sample by sample, in order.
 
-    Raises ValueError for an empty prompt, one that ends with an image, one that is too long for the cache with
-    `new_tokens` more, ids outside the vocabulary, and for more samples or images than planned for.
+    Where images lie outside the text (``info["cross"]``) a prompt is one chunk, and `images` may say how many images
+    each prompt has, if that is not the number of its markers.
+
+    Raises ValueError for an empty prompt, one that ends with an image whose rows lie in the text, one that is too long
+    for the cache with `new_tokens` more, ids outside the vocabulary, and for more samples or images than planned for.
     """
+    apart = info.get("cross") is not None
+    if images is not None and (not apart or len(images) != len(prompts)):
+        raise ValueError(f"images is {images!r}, expected None" + (f" or {len(prompts)} numbers" if apart else ""))
     if not prompts:
         raise ValueError("no prompt was given")
     if len(prompts) > info["batch"]:
@@ -36,7 +44,7 @@ def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int
     for sample, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {sample} is empty")
-        if prompt[-1] == info["image_id"]:
+        if prompt[-1] == info["image_id"] and not apart:
             raise ValueError(
                 f"prompt {sample} ends with an image: text must follow (an answer is asked for after text)"
             )
@@ -45,7 +53,7 @@ def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int
             raise ValueError(
                 f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}"
             )
-        count = sum(1 for t in prompt if t == info["image_id"])
+        count = sum(1 for t in prompt if t == info["image_id"]) if images is None else images[sample]
         if count > info["images"]:
             raise ValueError(
                 f"prompt {sample} has {count} images, but this program was made for at most {info['images']}"
@@ -56,16 +64,20 @@ def plan(prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int
                 f"prompt {sample} takes {rows} rows and {new_tokens} new tokens are asked for, but the cache holds "
                 f"{info['context']}; trace with a larger context or ask for fewer tokens"
             )
-        images: list[int] = []
+        if apart:
+            chunks.append(Chunk(sample, tuple(range(image, image + count)), tuple(map(int, prompt))))
+            image += count
+            continue
+        begun: list[int] = []
         ids: list[int] = []
         for token in prompt:
             if token == info["image_id"]:
                 if ids:  # a chunk begins with its images, so text before an image ends a chunk
-                    chunks.append(Chunk(sample, tuple(images), tuple(ids)))
-                    images, ids = [], []
-                images.append(image)
+                    chunks.append(Chunk(sample, tuple(begun), tuple(ids)))
+                    begun, ids = [], []
+                begun.append(image)
                 image += 1
             else:
                 ids.append(int(token))
-        chunks.append(Chunk(sample, tuple(images), tuple(ids)))
+        chunks.append(Chunk(sample, tuple(begun), tuple(ids)))
     return chunks

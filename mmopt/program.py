@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from mmopt.graph import ARANGE, FULL, is_const, shape_of
+from mmopt.media import Media
 from mmopt.planning import Chunk, plan
 
 
@@ -173,15 +174,21 @@ class Program:
         forced: Tensor | None = None,
         ignore_eos: bool = False,
         observe: Callable[[str, Call, dict[str, Tensor], Chunk | None], None] | None = None,
+        images: list[int] | None = None,
+        image_inputs: dict[str, Tensor] | None = None,
+        before: list[int] | None = None,
+        tiles: list[int] | None = None,
     ) -> dict[str, Any]:
         """Run the schedule: prompts are token ids with the image id where an image stands, images in order.
 
         Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
         them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
+        `image_inputs`: what the image stages take beside pixel_values. Where images lie outside the text: `images` of
+        each prompt, if not as many as its markers; `tiles` of each image that count; markers `before` each prompt.
         """
         if not self.has_weights:
             raise ValueError("this Program has shapes only, no weights: it can be optimized and inspected, not run")
-        chunks = plan(prompts, self.info, max_new_tokens)
+        chunks = plan(prompts, self.info, max_new_tokens, images)
         wanted = sum(len(c.images) for c in chunks)
         given = 0 if pixel_values is None else len(pixel_values)
         if wanted > given:
@@ -193,16 +200,20 @@ class Program:
         }
         if pixel_values is not None:
             values["pixel_values"] = pixel_values.to(self.info["torch_dtype"])
+            values |= image_inputs or {}
+        media = None if self.info.get("cross") is None else Media(self, chunks, before, tiles)
         tokens: list[Tensor] = []
         for item in self.schedule:
+            if media:
+                media.lay_out(values)
             if isinstance(item, Call):
                 if all(n in values for n in self.stages[item.stage].inputs):
                     self._call(item, values, "", observe, None)
             elif item.over == "chunks":
                 for chunk in chunks:
-                    self._chunk(item, chunk, values, observe)
+                    self._chunk(item, chunk, values, observe, media)
             else:
-                self._decode(item, values, tokens, max_new_tokens, forced, ignore_eos, observe)
+                self._decode(item, values, tokens, max_new_tokens, forced, ignore_eos, observe, media)
         values["tokens"] = self._until_end(tokens, len(prompts), ignore_eos)
         return values
 
@@ -214,12 +225,15 @@ class Program:
         if observe:
             observe(phase, call, made, chunk)
 
-    def _chunk(self, loop: Loop, chunk: Chunk, values: dict, observe) -> None:
+    def _chunk(self, loop: Loop, chunk: Chunk, values: dict, observe, media: Media | None) -> None:
         """One chunk of one sample: carried values are that sample's row of the batch, put back afterwards."""
         lane = slice(chunk.sample, chunk.sample + 1)
         local = {k: v[lane] if k in self.state else v for k, v in values.items()}
         width = self.info["hidden_size"]
-        if chunk.images:
+        if media:
+            local |= media.of_chunk(chunk, values)
+            visual = None
+        elif chunk.images:
             visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
         else:
             visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])
@@ -233,7 +247,9 @@ class Program:
                 values[k] = values[k].clone()
                 values[k][lane] = local[k]
 
-    def _decode(self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe) -> None:
+    def _decode(
+        self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe, media: Media | None
+    ) -> None:
         width = self.info["hidden_size"]
         batch = values["logits"].shape[0]
         values["no_visual"] = torch.zeros(batch, 0, width, dtype=self.info["torch_dtype"])
@@ -248,6 +264,8 @@ class Program:
                     ended = ended | values[loop.until]
                     if forced is not None:
                         values["ids"] = forced[:, trip : trip + 1]
+                    if media:
+                        values |= media.of_step(values)
             if bool(ended.all()) and not ignore_eos and forced is None:
                 break
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from mmopt.family import StageSpec, TensorSpec
 from mmopt.graph import symbol
 from mmopt.lift import Lift
 from mmopt.program import Call, Loop, Program, Stage
+from mmopt.sight import PER_CALL
 
 # Sizes to trace at: at least 2 (1 would be taken for a constant) and all different (equal ones would be tied together).
-EXAMPLE = {"B": 3, "N": 2, "nv": 5, "nt": 7}
+EXAMPLE = {"B": 3, "N": 2, "nv": 5, "nt": 7, "nb": 4}
+# What the host makes for each call of the language model, or once for all of them (media); all else is carried.
+GIVEN = {"visual", "text", "media", *PER_CALL}
 
 
 class NextToken(nn.Module):
@@ -58,18 +62,22 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
     language = specs["language_model"].inputs
     state: dict[str, tuple[tuple, torch.dtype]] = {"logits": (("B", 1, c.vocab_size), model.dtype)}
     for name in traced["language_model"].inputs:
-        if name not in ("visual", "text"):
+        if name not in GIVEN:
             spec: Any = language[name.split(".")[0]]
             spec = spec[int(name.split(".")[1])] if isinstance(spec, list) else spec
             state[name] = (spec.shape, spec.dtype)
+    among = model.family.cross is None  # images lie among the rows of the text
     schedule: tuple[Call | Loop, ...] = (
         *(Call(name) for name in specs if name not in ("embed", "language_model", "next_token")),
         Loop(
-            (Call("embed", {"ids": "chunk.ids"}), Call("language_model", {"visual": "chunk.visual"})),
+            (
+                Call("embed", {"ids": "chunk.ids"}),
+                Call("language_model", {"visual": "chunk.visual"} if among else {}),
+            ),
             over="chunks",
         ),
         Loop(
-            (Call("next_token"), Call("embed"), Call("language_model", {"visual": "no_visual"})),
+            (Call("next_token"), Call("embed"), Call("language_model", {"visual": "no_visual"} if among else {})),
             trips="max_new_tokens",
             until="done",
         ),
@@ -79,6 +87,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "image_id": model.family.image_id,
         "image_marker": model.family.image_marker,
         "rows_per_image": c.rows_per_image,
+        "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]
         "hidden_size": c.hidden_size,
         "vocab_size": c.vocab_size,
         "layers": c.num_hidden_layers,

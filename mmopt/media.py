@@ -1,0 +1,71 @@
+"""Images that lie outside the text, in a run of a Program: their rows, sample by sample, and what the text sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmopt.planning import Chunk
+from mmopt.sight import PER_CALL, Seen, Sight, gather, key_mask, masks, segments
+
+if TYPE_CHECKING:
+    from mmopt.program import Program
+
+
+class Media:
+    """Images that lie outside the text, for one run of a Program: what each sample has, and what its rows see."""
+
+    def __init__(self, program: Program, chunks: list[Chunk], before: list[int] | None, tiles: list[int] | None):
+        self.info, self.blocks = program.info, program.info["cross"]["blocks"]
+        self.of_sample = [c.images for c in chunks]
+        self.sights = [
+            Sight(self.info, len(c.images), None if tiles is None else [tiles[i] for i in c.images], before[b] if before else 0)
+            for b, c in enumerate(chunks)
+        ]  # fmt: skip
+        self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
+        self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
+        for c in program.schedule:
+            if not hasattr(c, "body") and self.apart & {c.rename.get(n, n) for n in program.stages[c.stage].inputs}:
+                self.apart |= {c.rename.get(n, n) for n in program.stages[c.stage].outputs}
+        self.segmented: dict[str, str] = self.info.get("segments", {})
+
+    def lay_out(self, values: dict[str, Any]) -> None:
+        """`media`: the blocks of each sample's images side by side, as soon as the images are encoded."""
+        if "media" in values or ("image_rows" not in values and any(self.of_sample)):
+            return
+        rows = values.get("image_rows")
+        shape = (self.info["cross"]["rows"], self.info["cross"]["width"])
+        media = torch.zeros(len(self.of_sample), self.most, *shape, dtype=self.info["torch_dtype"])
+        for b, images in enumerate(self.of_sample):
+            if images:
+                media[b, : len(images) * self.blocks] = rows[list(images)].flatten(0, 1)
+        values["media"] = media
+
+    def of_chunk(self, chunk: Chunk, values: dict[str, Any]) -> dict[str, Any]:
+        """What the rows of a prompt see, and the blocks of its sample alone."""
+        b, own = chunk.sample, max(1, len(chunk.images) * self.blocks)
+        local = {k: values[k][b : b + 1, :own] for k in self.apart if k in values}
+        return local | self._seen([self.sights[b].read(chunk.ids)], local, [len(chunk.images) * self.blocks])
+
+    def of_step(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What the rows of one token for each sample see."""
+        rows = [[s.decode(t)] for s, t in zip(self.sights, values["ids"][:, 0].tolist(), strict=True)]
+        counts = [len(i) * self.blocks for i in self.of_sample]
+        if len(set(counts)) > 1 and any(r == [()] for r in rows) and not self.segmented:
+            raise ValueError("a sample that sees none of its images beside samples with another number: run them apart")
+        return self._seen(rows, {k: values[k] for k in self.apart if k in values}, counts)
+
+    def _seen(self, rows: list[list[Seen]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
+        made = [masks(r, apart["media"].shape[1]) for r in rows]
+        given = {n: torch.stack([torch.from_numpy(m[i]) for m in made]) for i, n in enumerate(PER_CALL[:3])}
+        if self.segmented:
+            chosen = segments(rows, self.info["cross"]["rows"])
+            given["segment_rows"], given["row_segments"], given["key_mask"] = map(
+                torch.from_numpy, (chosen.segment_rows, chosen.row_segments, key_mask(chosen))
+            )
+            for k, kind in self.segmented.items():
+                each = [x.float().numpy() for x in apart[k]]
+                given[f"segment.{k}"] = torch.from_numpy(gather(chosen, each, kind == "key", counts)).to(apart[k].dtype)
+        return given

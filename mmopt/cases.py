@@ -64,7 +64,7 @@ def replay(
     tell = progress or (lambda line: None)
     tell(f"load {checkpoint}")
     model = load(checkpoint, dtype=dtype)
-    todo = read_cases(cases, model.directory, model.family.image_id, model.config.rows_per_image)
+    todo = read_cases(cases, model.directory, model.image_id, model.config.rows_per_image)
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": []}
     with ExitStack() as stack:
         line = Line(model, todo, tell, stack)
@@ -89,7 +89,7 @@ class Line:
     def __init__(self, model: Model, cases: Sequence[Case], tell: Callable[[str], None], stack: ExitStack):
         self.model, self.tell, self.stack = model, tell, stack
         prompts = [c for c in cases if c.is_prompt]
-        image = model.family.image_id
+        image = model.image_id
         self.batch = max((len(c.prompts) for c in prompts), default=1)
         self.images = max((p.count(image) for c in prompts for p in c.prompts), default=1)
         self.context = max((int(c.valid.sum(1).max()) + max(c.steps - 1, 0) for c in prompts), default=1)
@@ -140,7 +140,7 @@ def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[di
     if half and point in ("optimized", "engine"):
         kind = str(line.model.dtype).removeprefix("torch.")
         return [], [{**where, "output": "out.*", "reason": f"{kind} is compared at model and program only"}]
-    image = line.model.family.image_id
+    image = line.model.image_id
     if point != "model" and any(p[-1] == image for p in case.prompts if p):
         return [], [{**where, "output": "out.*", "reason": "a prompt ends with an image, which a Program refuses"}]
     try:

@@ -38,6 +38,12 @@ class Model:
         return next(self.module.parameters()).dtype
 
     @property
+    def image_id(self) -> int:
+        """The id that stands for an image in a prompt."""
+        given = self.family.image_id
+        return given(self.config) if callable(given) else given
+
+    @property
     def processing(self) -> dict[str, Any]:
         """Image and chat settings of the checkpoint, as an engine stores them."""
         path = self.directory / "preprocessor_config.json" if self.directory else None
@@ -178,8 +184,12 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
             return tensors
         if (directory / single).is_file():
             return _read_file(directory / single)
+    for single in ("full_state_dict.safetensors", "checkpoint.pt"):
+        if (directory / single).is_file():
+            return _read_file(directory / single)
     raise CheckpointError(
-        f"{directory}: no weights; expected model.safetensors, pytorch_model.bin or an index file of shards"
+        f"{directory}: no weights; expected model.safetensors, pytorch_model.bin, an index file of shards, "
+        "full_state_dict.safetensors or checkpoint.pt"
     )
 
 
@@ -201,8 +211,12 @@ def _assign(family: Family, config: Any, module: nn.Module, tensors: dict, direc
     expected = dict(module.state_dict())
     derived = {k: tensors.pop(k) for k in list(tensors) if k not in expected and re.search(family.derived, k)}
     problems = [f"derived {k}: {why}" for k, v in derived.items() if (why := family.check_derived(config, k, v))]
-    tied = {k for k in expected if getattr(config, "tie_word_embeddings", False) and k == "lm_head.weight"}
-    problems += [f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors and k not in tied]
+    tied = _tied(module)
+    for k, names in tied.items():  # one tensor under several names: any of them will do
+        given = next((tensors[n] for n in names if n in tensors), None)
+        if k not in tensors and given is not None:
+            tensors[k] = given
+    problems += [f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors]
     problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in expected]
     for k, v in tensors.items():
         if k in expected and v.shape != expected[k].shape:
@@ -219,6 +233,14 @@ def _assign(family: Family, config: Any, module: nn.Module, tensors: dict, direc
     module.load_state_dict(tensors, strict=False, assign=True)
     if tied:
         module.tie_weights()
+
+
+def _tied(module: nn.Module) -> dict[str, list[str]]:
+    """Each key whose parameter has several -> all keys of that parameter."""
+    groups: dict[int, list[str]] = {}
+    for k, p in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(p), []).append(k)
+    return {k: names for names in groups.values() if len(names) > 1 for k in names}
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:

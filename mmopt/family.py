@@ -67,7 +67,7 @@ class Family:
     stages: Callable[[Any, int], dict[str, StageSpec]]
     derived: str  # regular expression: keys a checkpoint may hold or lack, since they are computed
     check_derived: Callable[[Any, str, torch.Tensor], str | None]
-    image_id: int
+    image_id: int | Callable[[Any], int]  # or found in the config; `Model.image_id` is the number
     image_marker: str
     image_processing: Callable[[Any, dict], dict]  # config, preprocessor_config.json -> fields of ImageProcessor
     chat: dict[str, str]  # fields of ChatTemplate
@@ -80,7 +80,7 @@ def families() -> list[Family]:
     """Every family: the FAMILY, or the FAMILIES, of each module in `mmopt.models`."""
     import mmopt.models
 
-    names = sorted(m.name for m in pkgutil.iter_modules(mmopt.models.__path__))
+    names = sorted(m.name for m in pkgutil.iter_modules(mmopt.models.__path__) if not m.name.startswith("_"))
     modules = [importlib.import_module(f"mmopt.models.{n}") for n in names]
     return [f for m in modules for f in (getattr(m, "FAMILIES", None) or [m.FAMILY])]
 

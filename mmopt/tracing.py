@@ -84,7 +84,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
     )
     info = {
         "family": model.family.name,
-        "image_id": model.family.image_id,
+        "image_id": model.image_id,
         "image_marker": model.family.image_marker,
         "rows_per_image": c.rows_per_image,
         "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]

@@ -20,10 +20,10 @@ class Media:
     def __init__(self, program: Program, chunks: list[Chunk], before: list[int] | None, tiles: list[int] | None):
         self.info, self.blocks = program.info, program.info["cross"]["blocks"]
         self.of_sample = [c.images for c in chunks]
-        self.sights = [
-            Sight(self.info, len(c.images), None if tiles is None else [tiles[i] for i in c.images], before[b] if before else 0)
-            for b, c in enumerate(chunks)
-        ]  # fmt: skip
+        self.sights = []
+        for b, c in enumerate(chunks):
+            counted = None if tiles is None else [tiles[i] for i in c.images]
+            self.sights.append(Sight(self.info, len(c.images), counted, before[b] if before else 0))
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
         for c in program.schedule:
@@ -63,7 +63,8 @@ class Media:
         if self.segmented:
             chosen = segments(rows, self.info["cross"]["rows"])
             given["segment_rows"], given["row_segments"], given["key_mask"] = map(
-                torch.from_numpy, (chosen.segment_rows, chosen.row_segments, key_mask(chosen))
+                torch.from_numpy,
+                (chosen.segment_rows, chosen.row_segments, key_mask(chosen, self.info["cross"]["rows"])),
             )
             for k, kind in self.segmented.items():
                 each = [x.float().numpy() for x in apart[k]]

@@ -122,9 +122,7 @@ def _segment_attention(
     scale: float | None = None,
 ) -> Tensor:
     parts = q.flatten(0, 1)[segment_rows]
-    keys, values = k.flatten(1, 2), v.flatten(1, 2)
-    mask = None if key_mask is None else key_mask.repeat_interleave(k.shape[2], 1)
-    out = _attention(parts, keys, values, heads, kv_heads, mask, False, scale).flatten(0, 1)
+    out = _attention(parts, k, v, heads, kv_heads, key_mask, False, scale).flatten(0, 1)
     return torch.cat([out, out.new_zeros(1, out.shape[1])])[row_segments]
 
 
@@ -200,10 +198,10 @@ def cross_attention(q, k, v, seen, attends, heads, kv_heads, scale=None):
 
 
 def segment_attention(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask=None, scale=None):
-    """`cross_attention` with each text row put beside the one group of blocks that it sees -> ``[B, n, heads*d]``.
+    """`cross_attention` with each text row put beside the keys that it sees -> ``[B, n, heads*d]``.
 
-    q ``[B, n, heads*d]``; k, v ``[S, blocks, rows, kv_heads*d]``: what each of S segments of rows sees; key_mask
-    ``[S, blocks]`` is True for blocks that count. segment_rows ``[S, L]``: the rows of each segment, as indices into
+    q ``[B, n, heads*d]``; k, v ``[S, keys, kv_heads*d]``: what each of S segments of rows sees; key_mask ``[S, keys]``
+    is True for keys that count. segment_rows ``[S, L]``: the rows of each segment, as indices into
     the ``B * n`` rows (any index where a segment is shorter). row_segments ``[B, n]``: where each row went, as an index
     into the ``S * L`` places; S * L itself is for rows that get zeros.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from mmopt.contracts import BUDGET, ContractError, compare
 from mmopt.passes.drop_unread_rows import DropUnreadRows
 from mmopt.passes.fold_constants import FoldConstants
+from mmopt.passes.fuse_cross_attention import FuseCrossAttention
 from mmopt.passes.hoist_invariants import HoistInvariants
 from mmopt.passes.pack_projections import PackProjections
 from mmopt.passes.rejoin_rows import RejoinRows
@@ -26,6 +27,7 @@ def default_passes() -> list[Pass]:
         SplitRows(),
         RejoinRows(),
         HoistInvariants(),
+        FuseCrossAttention(),
         FoldConstants(),
         PackProjections(),
     ]

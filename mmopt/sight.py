@@ -1,4 +1,4 @@
-"""Which images each row of a text sees, where images lie outside the text; on the host, needs neither torch nor a model.
+"""Which images each row of a text sees, where images lie outside the text; on the host, needs no torch and no model.
 
 An image is one or more blocks of rows (tiles). Blocks of a sample are numbered through, image by image.
 """
@@ -115,24 +115,25 @@ def segments(samples: Sequence[Sequence[Seen]], keys: int) -> Segments:
     return Segments([key for key, _ in pieces], segment_rows, row_segments.reshape(len(samples), n))
 
 
-def key_mask(chosen: Segments) -> np.ndarray:
-    """``[S, blocks]``: which places of the blocks put side by side for each segment are taken."""
+def key_mask(chosen: Segments, keys: int) -> np.ndarray:
+    """``[S, most blocks * keys]``: which keys of the blocks put side by side for each segment count."""
     most = max(1, *(len(blocks) for _, blocks in chosen.blocks))
-    return np.array([[i < max(1, len(blocks)) for i in range(most)] for _, blocks in chosen.blocks], np.bool_)
+    taken = [[i < max(1, len(blocks)) for i in range(most)] for _, blocks in chosen.blocks]
+    return np.repeat(np.array(taken, np.bool_), keys, axis=1)
 
 
 def gather(chosen: Segments, samples: Sequence[np.ndarray], is_key: bool, counts: Sequence[int]) -> np.ndarray:
-    """K or V of each sample ``[blocks, rows, width]`` -> of each segment ``[S, most blocks, rows, width]``.
+    """K or V of each sample ``[blocks, rows, width]`` -> of each segment ``[S, most blocks * rows, width]``.
 
     A segment that sees nothing weighs the sample's `counts` first blocks all the same: keys of zero, and in every row
     the mean of the values.
     """
     most = max(1, *(len(blocks) for _, blocks in chosen.blocks))
-    one = samples[0]
-    made = np.zeros((len(chosen.blocks), most, *one.shape[1:]), one.dtype)
+    _, rows, width = samples[0].shape
+    made = np.zeros((len(chosen.blocks), most, rows, width), samples[0].dtype)
     for s, (b, blocks) in enumerate(chosen.blocks):
         if blocks:
             made[s, : len(blocks)] = samples[b][list(blocks)]
         elif not is_key and counts[b]:
             made[s, 0] = samples[b][: counts[b]].astype(np.float32).mean((0, 1))
-    return made
+    return made.reshape(len(chosen.blocks), most * rows, width)

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, on_part, operand_dims, rebuild, shape_of
 from mmopt.program import Call, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
+from mmopt.sight import PER_CALL
 
 
 class HoistInvariants(Pass):
@@ -28,13 +29,38 @@ class HoistInvariants(Pass):
             else:
                 report.skip(name, "no operator depends on weights alone")
         schedule: list[Call | Loop] = []
-        for item in made.schedule:
+        for item in self.hoist_shared(made, report):
             if isinstance(item, Loop) and item.over is None:
                 before, item = self.hoist(made, item, report)
                 schedule += before
             schedule.append(item)
         made.schedule = tuple(schedule)
         return made
+
+    def hoist_shared(self, program: Program, report: Report) -> tuple[Call | Loop, ...]:
+        """A stage that several loops call, on values that none of them changes: what depends on them is computed once."""
+        loops = [i for i in program.schedule if isinstance(i, Loop)]
+        inside = [c for loop in loops for c in loop.body]
+        written = {c.rename.get(o, o) for c in inside for o in program.stages[c.stage].outputs} | set(PER_CALL)
+        schedule = list(program.schedule)
+        for name, calls in Counter(c.stage for c in inside).items():
+            if calls < 2 or any(c.stage == name for c in schedule if isinstance(c, Call)):
+                continue
+            stage = program.stages[name]
+            fixed = set()
+            for i in stage.inputs:
+                read = {c.rename.get(i, i) for c in inside if c.stage == name}
+                if len(read) == 1 and not any(v in written or v.startswith("chunk.") for v in read):
+                    fixed.add(i)
+            split = split_stage(stage, fixed, name) if fixed else None
+            if split is None:
+                continue
+            program.stages[f"{name}.once"], program.stages[name], values = split
+            call = next(c for c in inside if c.stage == name)
+            before = Call(f"{name}.once", {i: r for i, r in call.rename.items() if i in split[0].inputs})
+            schedule.insert(schedule.index(next(lp for lp in loops if call in lp.body)), before)
+            report.did(f"{name}: {len(values)} values that no loop changes are computed once before all of them")
+        return tuple(schedule)
 
     def hoist(self, program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
         """Calls to make once before the loop, and the loop without what they do. Stages of `program` are replaced."""

@@ -68,10 +68,11 @@ def sizes_of(stage: Stage, info: dict[str, Any]) -> list[dict[str, int]]:
     """Sizes to try: with and without rows of an image, several rows on a cache (one sample), one row of all samples."""
     symbols = {str(s) for n in stage.placeholders() for s in shape_of(n) if isinstance(s, sympy.Symbol)}
     image = min(info["rows_per_image"], info["context"] - 8)
+    keys = (info.get("cross") or {"rows": 1})["rows"]
     tried = [
-        {"B": 1, "N": 1, "n": 1, "nv": image, "nt": 3},
-        {"B": 1, "N": max(1, info["images"]), "n": 3, "nv": 0, "nt": 4},
-        {"B": info["batch"], "N": 1, "n": 2, "nv": 0, "nt": 1},
+        {"B": 1, "N": 1, "n": 1, "nv": image, "nt": 3, "nb": 1, "S": 2, "L": 2, "K": keys},
+        {"B": 1, "N": max(1, info["images"]), "n": 3, "nv": 0, "nt": 4, "nb": 3, "S": 1, "L": 4, "K": 2 * keys},
+        {"B": info["batch"], "N": 1, "n": 2, "nv": 0, "nt": 1, "nb": 2, "S": info["batch"], "L": 1, "K": keys},
     ]
     return [{k: v for k, v in sizes.items() if k in symbols} for sizes in tried]
 
@@ -88,7 +89,11 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
             values[name] = torch.randn(shape, generator=g).to(dtype)
         else:
             most = 2 if dtype == torch.bool else info["vocab_size"]
+            if name in ("segment_rows", "row_segments"):  # indices of rows, and of places for rows
+                most = sizes["B"] * sizes["nt"] if name == "segment_rows" else sizes["S"] * sizes["L"] + 1
             values[name] = torch.randint(0, most, shape, generator=g).to(dtype)
+        if name == "key_mask":
+            values[name][:, 0] = True
     return values
 
 

@@ -15,10 +15,19 @@ from typing import Any
 
 import torch
 from mmopt.exporters.emit import CONTRIB, Emitter, Rule
-from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, cached_attention_args, scattered_attention
+from mmopt.exporters.lower import (
+    PLAIN,
+    attention_args,
+    attention_mask,
+    cached_attention_args,
+    column_of_heads,
+    cross_attention,
+    scattered_attention,
+    segment_attention,
+)
 from torch.fx import Node
 
-from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, MUL, aten, shape_of
+from mmopt.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, MUL, SEGMENT_ATTENTION, aten, shape_of
 
 
 def cached_attention(e: Emitter, n: Node) -> tuple:
@@ -27,7 +36,7 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
     It takes several rows on top of a cache at batch 1 only; one row, or an empty cache, at any batch. Heads must be a
     multiple of 8 wide; others take the standard operators.
     """
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale = cached_attention_args(n)
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = cached_attention_args(n)
     if int(shape_of(q)[-1]) // heads % 8:
         return scattered_attention(e, n)
     rows = shape_of(q)[1]
@@ -37,18 +46,33 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
     last = e.cast(e.op("Sub", total, e.ints([1])), torch.int64, torch.int32)
     longest = e.cast(e.op("ReduceMax", total, keepdims=0), torch.int64, torch.int32)
     ins = [e.value(x) for x in (q, k, v, key_cache, value_cache)]
+    more: list[str] = []
+    if (
+        slopes is not None
+    ):  # a bias [1, heads, rows, slots], the same for all rows
+        kind = e.dtype(q)
+        place = e.cast(e.op("Range", e.number(0, torch.int32), longest, e.number(1, torch.int32)), torch.int32, kind)
+        bias = e.op("Mul", column_of_heads(e, slopes), place)
+        shape = e.op("Concat", e.ints([1, heads]), e.size(rows), e.op("Shape", place), axis=0)
+        more = ["", "", "", e.op("Expand", bias, shape)]
     sizes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "do_rotary": 0}
-    return e.op("GroupQueryAttention", *ins, last, longest, outputs=3, domain=CONTRIB, **sizes)
+    return e.op("GroupQueryAttention", *ins, last, longest, *more, outputs=3, domain=CONTRIB, **sizes)
 
 
 def attention(e: Emitter, n: Node) -> str:
     q, k, v, heads, kv_heads, key_mask, causal, scale = attention_args(n)
-    ins = [e.value(x) for x in (q, k, v)]
     mask = attention_mask(e, q, k, key_mask, causal)
+    return attend(e, e.value(q), e.value(k), e.value(v), heads, kv_heads, mask, scale)
+
+
+def attend(
+    e: Emitter, q: str, k: str, v: str, heads: int, kv_heads: int, mask: str | None, scale: float, width: int = 0
+) -> str:
+    """Attention on names of flat rows; `mask` ``[S, 1, 1 or rows, keys]``."""
     if mask is None and heads == kv_heads:
-        return e.op("MultiHeadAttention", *ins, domain=CONTRIB, num_heads=heads, scale=scale)
+        return e.op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale)
     masks = [] if mask is None else [mask]
-    return e.op("Attention", *ins, *masks, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+    return e.op("Attention", q, k, v, *masks, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
 
 
 def linear(e: Emitter, n: Node) -> str:
@@ -74,6 +98,8 @@ RULES: dict[Any, Rule] = PLAIN | {
     LINEAR: linear,
     MUL: mul,
     ATTENTION: attention,
+    CROSS_ATTENTION: cross_attention(attend),
+    SEGMENT_ATTENTION: segment_attention(attend),
     CACHED_ATTENTION: cached_attention,
     aten.silu.default: lambda e, n: e.op("QuickGelu", e.value(n.args[0]), domain=CONTRIB, alpha=1.0),
 }

@@ -8,18 +8,34 @@ from __future__ import annotations
 from typing import Any
 
 from mmopt.exporters.emit import Emitter, Rule
-from mmopt.exporters.lower import PLAIN, attention_args, attention_mask, flat, heads_of, scattered_attention
+from mmopt.exporters.lower import (
+    PLAIN,
+    attention_args,
+    attention_mask,
+    cross_attention,
+    flat,
+    heads_first,
+    scattered_attention,
+    segment_attention,
+)
 from torch.fx import Node
 
-from mmopt.graph import ATTENTION, CACHED_ATTENTION, LINEAR, shape_of
+from mmopt.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, SEGMENT_ATTENTION, shape_of
 
 
 def attention(e: Emitter, n: Node) -> str:
     q, k, v, heads, kv_heads, key_mask, causal, scale = attention_args(n)
     mask = attention_mask(e, q, k, key_mask, causal)
-    ins = [heads_of(e, q, heads), heads_of(e, k, kv_heads), heads_of(e, v, kv_heads)]
-    out = e.op("Attention", *ins, *([] if mask is None else [mask]), scale=scale)
-    return flat(e, out, int(shape_of(q)[-1]))
+    return attend(e, e.value(q), e.value(k), e.value(v), heads, kv_heads, mask, scale, int(shape_of(q)[-1]))
+
+
+def attend(
+    e: Emitter, q: str, k: str, v: str, heads: int, kv_heads: int, mask: str | None, scale: float, width: int
+) -> str:
+    """Attention on names of flat rows; `mask` ``[S, 1, 1 or rows, keys]``."""
+    d = width // heads
+    ins = [heads_first(e, q, heads, d), heads_first(e, k, kv_heads, d), heads_first(e, v, kv_heads, d)]
+    return flat(e, e.op("Attention", *ins, *([] if mask is None else [mask]), scale=scale), width)
 
 
 def linear(e: Emitter, n: Node) -> str:
@@ -29,4 +45,10 @@ def linear(e: Emitter, n: Node) -> str:
     return made if bias is None else e.op("Add", made, e.operand(bias, e.dtype(n)))
 
 
-RULES: dict[Any, Rule] = PLAIN | {LINEAR: linear, ATTENTION: attention, CACHED_ATTENTION: scattered_attention}
+RULES: dict[Any, Rule] = PLAIN | {
+    LINEAR: linear,
+    ATTENTION: attention,
+    CROSS_ATTENTION: cross_attention(attend),
+    SEGMENT_ATTENTION: segment_attention(attend),
+    CACHED_ATTENTION: scattered_attention,
+}

@@ -38,7 +38,7 @@ class HoistInvariants(Pass):
         return made
 
     def hoist_shared(self, program: Program, report: Report) -> tuple[Call | Loop, ...]:
-        """A stage that several loops call, on values that none of them changes: what depends on them is computed once."""
+        """What a stage makes of values that none of the loops that call it changes is computed once, before them."""
         loops = [i for i in program.schedule if isinstance(i, Loop)]
         inside = [c for loop in loops for c in loop.body]
         written = {c.rename.get(o, o) for c in inside for o in program.stages[c.stage].outputs} | set(PER_CALL)
@@ -103,13 +103,8 @@ def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
             return None
         narrow: list[Any] = []
         for i, a in enumerate(args):
-            if (
-                a in wide
-                and rule.get(i) == 0
-                and shape_of(a.args[0])[1:] == shape_of(a)[1:]
-                and shape_of(a.args[0])[0] == 1
-            ):
-                narrow.append(a.args[0])
+            if a in wide and rule.get(i) == 0 and (one := one_sample(b, a)) is not None:
+                narrow.append(one)
             elif isinstance(a, Node) and not (a.meta["const"] and (rule.get(i) is None or is_pointwise(n.target))):
                 return None
             else:
@@ -119,6 +114,13 @@ def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
 
     made = rebuild(graph, visit)
     return (made, moved) if moved else (graph, 0)
+
+
+def one_sample(b: Builder, expanded: Node) -> Node | None:
+    """A constant that is broadcast along the batch alone, as a batch of one; None if it grows otherwise too."""
+    constant, shape = expanded.args[0], shape_of(expanded)
+    own = (1,) * (len(shape) - len(shape_of(constant))) + tuple(shape_of(constant))
+    return b.reshape(constant, own) if own == (1, *shape[1:]) else None
 
 
 def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage, list[str]] | None:

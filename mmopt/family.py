@@ -116,7 +116,7 @@ def read_config(kind: type, raw: dict, fixed: dict[str, dict], where: str, **giv
         if value is None and f.name in ("image_aspect_ratio", "num_key_value_heads"):
             continue
         kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-        kinds["int | None"] = (int, type(None))
+        kinds |= {"int | None": (int, type(None)), "float | None": (int, float, type(None))}
         expected_type: Any = kinds[f.type] if isinstance(f.type, str) else f.type
         if not isinstance(value, expected_type) or (f.type != "bool" and isinstance(value, bool)):
             wrong.append(f"{prefix}{f.name} is {value!r}, expected {f.type}")

@@ -1,5 +1,7 @@
 """The plain model against recorded cases of the reference implementation."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import mmopt
+from mmopt.models._decoder_config import read_decoder_config
+from mmopt.models._decoders import Decoder
 from mmopt.models.flamingo import Perceiver, PerceiverConfig
 
 DATA = Path(__file__).parent / "data" / "flamingo" / "openflamingo"
@@ -101,3 +105,114 @@ def test_resampler_with_frames_and_time_embeddings(model):
     )
     rows = model.module.vision_encoder(case["frames"].flatten(0, 2))
     torch.testing.assert_close(rows.view_as(tokens), tokens, atol=1e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- language models
+SIZES = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MPT = {"vocab_size": 90, "d_model": 48, "n_layers": 2, "max_seq_len": 64}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LIBRARY = {
+    "gpt_neox": {**SIZES, "intermediate_size": 96, "rotary_pct": 1.0, "use_parallel_residual": False},
+    "gpt_neox parallel": {**SIZES, "intermediate_size": 96, "rotary_pct": 0.5, "rotary_emb_base": 500},
+    "gpt_neox tied, no bias": {**SIZES, "intermediate_size": 96, "tie_word_embeddings": True, "attention_bias": False},
+    "mpt": {**MPT, "n_heads": 4},
+    "mpt 6 heads, clipped": {**MPT, "n_heads": 6, "attn_config": {"clip_qkv": 0.5}},
+    "llama": {**SIZES, "intermediate_size": 96, "rope_theta": 500.0},
+    "llama grouped": {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "opt": {**SIZES, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
+}
+
+
+def library_model(kind: str, options: dict, seed: int = 0):
+    """A random model of the transformers library, with gains and biases that are not 1 and 0."""
+    transformers = pytest.importorskip("transformers")
+    names = {"gpt_neox": "GPTNeoX", "mpt": "Mpt", "llama": "Llama", "opt": "OPT"}
+    torch.manual_seed(seed)
+    config = getattr(transformers, names[kind] + "Config")(**options, **TOKENS)
+    model = getattr(transformers, names[kind] + "ForCausalLM")(config).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def decoder(kind: str, raw: dict, tensors: dict) -> Decoder:
+    made = Decoder(read_decoder_config(kind, raw, "lm"), lambda i, layer: layer).eval()
+    missing, unexpected = made.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert not missing or (missing == ["lm_head.weight"] and made.config.tie_word_embeddings)
+    return made
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_language_models_equal_the_library(name):
+    kind = name.split()[0]
+    theirs = library_model(kind, LIBRARY[name])
+    tensors = theirs.state_dict()
+    if kind == "gpt_neox":  # in files, and in older versions, the head has this name
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    ours = decoder(kind, json.loads(theirs.config.to_json_string()), tensors)
+    g = torch.Generator().manual_seed(1)
+    ids, real = torch.randint(3, 90, (2, 11), generator=g), torch.ones(2, 11, dtype=torch.bool)
+    real[1, :4] = False  # left padding
+    expected = theirs(ids, attention_mask=real.long()).logits
+    logits = ours(ours.embedding(ids), real)
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.1
+    # in pieces on top of a cache, each sample at its own length
+    for b, first in ((0, 0), (1, 4)):
+        c, row = ours.config, ids[b : b + 1, first:]
+        keys = [torch.zeros(1, c.num_key_value_heads, 16, c.head_dim) for _ in range(c.num_hidden_layers)]
+        values, past, parts = list(keys), torch.zeros(1, dtype=torch.int64), []
+        for piece in (row[:, :5], row[:, 5:6], row[:, 6:]):
+            out, past, keys, values = ours.step(ours.embedding(piece), past, keys, values)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, 1)[0], expected[b, first:], atol=1e-4, rtol=1e-4)
+
+
+def test_mpt_1b_layout_is_mpt_with_normed_queries_and_keys():
+    """Against the library's MPT where q and k norms leave q and k alone but for their scale."""
+    theirs = library_model("mpt", {**MPT, "n_heads": 4})
+    names = {"norm_1": "ln_1", "norm_2": "ln_2", "ffn.up_proj": "mlp.mlp_up", "ffn.down_proj": "mlp.mlp_down"}
+    tensors = {}
+    for k, v in theirs.state_dict().items():
+        for a, b in (names | {"norm_f": "ln_f"}).items():
+            k = k.replace(a, b)
+        tensors[k] = v
+    raw = {"d_model": 48, "n_heads": 4, "n_layers": 2, "mlp_ratio": 4, "vocab_size": 90, "attn_qk_ln": False}
+    ids = torch.arange(10)[None]
+    ours = decoder("mosaic_gpt", raw, tensors)
+    torch.testing.assert_close(ours(ours.embedding(ids), None), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    # and with norms over the full width, written out for the first layer's projections
+    g = torch.Generator().manual_seed(0)
+    for i in range(2):
+        for n in ("q_ln", "k_ln"):
+            tensors[f"transformer.blocks.{i}.attn.{n}.weight"] = 1 + 0.3 * torch.randn(48, generator=g)
+    normed = decoder("mosaic_gpt", raw | {"attn_qk_ln": True}, tensors)
+    kept = []
+    block = normed.transformer.blocks[0]
+    block.attn(torch.ones(1, 3, 48).cumsum(2), lambda q, k, v: kept.append((q, k, v)) or q)
+    q = torch.nn.functional.linear(torch.ones(1, 3, 48).cumsum(2), block.attn.Wqkv.weight[:48])
+    q = (q - q.mean(-1, keepdim=True)) / (q.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(kept[0][0], q * tensors["transformer.blocks.0.attn.q_ln.weight"], atol=1e-4, rtol=1e-4)
+    assert (normed(normed.embedding(ids), None) - ours(ours.embedding(ids), None)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
+        ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim is 24"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear'"),
+        ("llama", {"head_dim": 8}, "head_dim is 8"),
+        ("mpt", {"attn_config": {"alibi": False}}, "alibi is False"),
+        ("gpt_neox", {"hidden_act": "mish"}, "activation is 'mish'"),
+        ("gpt_neox", {"hidden_size": "48"}, "hidden_size is '48', expected int"),
+        ("gpt_neox", {"intermediate_size": None}, "lacks intermediate_size"),
+        ("bloom", {}, "type 'bloom'"),
+    ],
+)
+def test_language_models_that_are_not_supported_are_refused(kind, change, message):
+    base = LIBRARY.get(kind, SIZES)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_decoder_config(kind, base | change, "lm")

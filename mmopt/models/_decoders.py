@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt import ops
+from mmopt.models._decoder_config import DecoderConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -26,37 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    kind: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    norm_eps: float = 1e-5
-    activation: str = "gelu"
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    rope_theta: float = 10000.0
-    rotary_pct: float = 1.0
-    parallel_residual: bool = False
-    attention_bias: bool = True
-    alibi_bias_max: float = 8.0
-    clip_qkv: float | None = None
-    qk_ln: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rotary_pct)
 
 
 # ---------------------------------------------------------------------------------------------------------- GPT-NeoX

@@ -8,7 +8,6 @@ state dict names them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from mmopt import ops
 from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec, read_config
-from mmopt.models._decoders import ACTIVATIONS, Decoder, DecoderConfig
+from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
+from mmopt.models._decoders import ACTIVATIONS, Decoder
 
 IMAGE_MARKER = "<image>"
 END_OF_CHUNK = "<|endofchunk|>"
@@ -70,7 +70,7 @@ class Config:
     pad_token_id: int | None = None
 
     hidden_size = property(lambda self: self.lm.hidden_size)
-    vocab_size = property(lambda self: self.lm.vocab_size)
+    vocab_size = property(lambda self: self.decoder.vocab_size)
     num_hidden_layers = property(lambda self: self.lm.num_hidden_layers)
     num_key_value_heads = property(lambda self: self.lm.num_key_value_heads)
     head_dim = property(lambda self: self.lm.head_dim)
@@ -94,44 +94,26 @@ def parse_config(raw: dict) -> Config:
     vision = read_config(VisionConfig, m.get("vision") or {}, FIXED, "model.vision")
     perceiver = read_config(PerceiverConfig, m.get("perceiver") or {}, FIXED, "model.perceiver")
     gated = read_config(GateConfig, m.get("gated_cross_attn") or {}, FIXED, "model.gated_cross_attn")
-    lm = decoder_config((m.get("lm") or {}).get("type"), (m.get("lm") or {}).get("hf_config") or {}, m)
+    lm = m.get("lm") or {}
+    decoder = read_decoder_config(
+        lm.get("type"), lm.get("hf_config") or {}, "model.lm.hf_config", m.get("vocab_size_after_resize")
+    )
     wrong = []
     if vision.image_size % vision.patch_size or vision.width % vision.heads:
         wrong.append("model.vision: image_size must be a multiple of patch_size, and width of heads")
     if vision.act not in ACTIVATIONS:
         wrong.append(f"model.vision.act is {vision.act!r}, expected one of {', '.join(ACTIVATIONS)}")
     every = m.get("cross_attn_every_n_layers", 1)
-    layers = tuple(raw.get("gated_layer_indices", range(every - 1, lm.num_hidden_layers, every)))
-    if not layers or not all(0 <= i < lm.num_hidden_layers for i in layers):
-        wrong.append(f"gated_layer_indices is {layers}, expected some of 0 to {lm.num_hidden_layers - 1}")
+    layers = tuple(raw.get("gated_layer_indices", range(every - 1, decoder.num_hidden_layers, every)))
+    if not layers or not all(0 <= i < decoder.num_hidden_layers for i in layers):
+        wrong.append(f"gated_layer_indices is {layers}, expected some of 0 to {decoder.num_hidden_layers - 1}")
     for name in ("eoc_token_id", "media_token_id"):
-        if not isinstance(m.get(name), int) or not 0 <= m[name] < lm.vocab_size:
-            wrong.append(f"model.{name} is {m.get(name)!r}, expected an id below the vocabulary of {lm.vocab_size}")
+        if not isinstance(m.get(name), int) or not 0 <= m[name] < decoder.vocab_size:
+            wrong.append(f"model.{name} is {m.get(name)!r}, expected an id below {decoder.vocab_size}")
     if wrong:
         raise ValueError("config.json: " + "; ".join(wrong))
     ids = m["eoc_token_id"], m["media_token_id"], m.get("pad_token_id")
-    return Config(vision, perceiver, gated, lm, layers, *ids)
-
-
-def decoder_config(kind: Any, hf: dict, m: dict) -> DecoderConfig:
-    heads = hf["num_attention_heads"]
-    return DecoderConfig(
-        kind,
-        m.get("vocab_size_after_resize", hf["vocab_size"]),
-        hf["hidden_size"],
-        hf["num_hidden_layers"],
-        heads,
-        heads,
-        hf["intermediate_size"],
-        hf["max_position_embeddings"],
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
-        activation=hf.get("hidden_act", "gelu"),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        rope_theta=hf.get("rotary_emb_base", 10000),
-        rotary_pct=hf.get("rotary_pct", 0.25),
-        parallel_residual=hf.get("use_parallel_residual", True),
-        attention_bias=hf.get("attention_bias", True),
-    )
+    return Config(vision, perceiver, gated, decoder, layers, *ids)
 
 
 # ------------------------------------------------------------------------------------------------------ vision tower

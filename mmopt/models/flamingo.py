@@ -70,7 +70,7 @@ class Config:
     pad_token_id: int | None = None
 
     hidden_size = property(lambda self: self.lm.hidden_size)
-    vocab_size = property(lambda self: self.decoder.vocab_size)
+    vocab_size = property(lambda self: self.lm.vocab_size)
     num_hidden_layers = property(lambda self: self.lm.num_hidden_layers)
     num_key_value_heads = property(lambda self: self.lm.num_key_value_heads)
     head_dim = property(lambda self: self.lm.head_dim)

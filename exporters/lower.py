@@ -202,6 +202,14 @@ def cross_attention(attend: Callable[..., str]) -> Rule:
     return rule
 
 
+def masked_attention(e: Emitter, n: Node) -> str:
+    """Attention of ``[B, heads, rows, d]`` with a mask of its own, left as traced."""
+    q, k, v, mask, _, causal, scale, _ = arguments(n, 3, None, 0.0, False, None, False)
+    if causal or mask is None:
+        raise e.error("attention left as traced needs a mask and no causality")
+    return e.op("Attention", *(e.value(x) for x in (q, k, v, mask)), scale=_scale(q, 1, scale))
+
+
 def segment_attention(attend: Callable[..., str]) -> Rule:
     """Rows gathered into segments, attention over the keys of each, rows gathered back; a row of zeros for the rest."""
 
@@ -254,6 +262,7 @@ PLAIN: dict[Any, Rule] = {
     aten.to.dtype: to,
     aten.argmax.default: argmax,
     aten.silu.default: silu,
+    aten.scaled_dot_product_attention.default: masked_attention,
     aten.softmax.int: lambda e, n: e.op("Softmax", e.value(n.args[0]), axis=n.args[1]),
     aten.gelu.default: lambda e, n: e.op(
         "Gelu", e.value(n.args[0]), approximate=n.args[1] if len(n.args) > 1 else "none"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmopt import ops
 from mmopt.family import Cross, StageSpec, TensorSpec
 
+Inputs = dict[str, TensorSpec | list[TensorSpec]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length of a text
 
 
@@ -213,14 +214,21 @@ class CrossModel(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- stages
 class LanguageModel(nn.Module):
-    """Rows of text on top of a cache, and what they see. `sees` is an input where the model needs it."""
+    """Rows of text on top of a cache, and what they see."""
 
-    def __init__(self, model: CrossModel, capacity: int, sees: bool):
+    def __init__(self, model: CrossModel, capacity: int):
         super().__init__()
-        self.root, self.capacity, self.sees = model, capacity, sees
+        self.root, self.capacity = model, capacity
 
-    def forward(self, text: Tensor, media: Tensor, seen: Tensor, attends: Tensor, *rest: Any) -> tuple:
-        sees, past, key_cache, value_cache = rest if self.sees else (None, *rest)
+    def run(
+        self,
+        text: Tensor,
+        media: Tensor,
+        sight: tuple,
+        past: Tensor,
+        key_cache: list[Tensor],
+        value_cache: list[Tensor],
+    ) -> tuple:
         c = self.root.config
         keys, values = list(key_cache), list(value_cache)
         positions = past[:, None] + torch.arange(text.shape[1], device=text.device)
@@ -238,10 +246,22 @@ class LanguageModel(nn.Module):
             text,
             self.root.angles(positions, self.capacity),
             media,
-            (seen, attends, sees),
+            sight,
             [attend_in(i) for i in range(c.num_hidden_layers)],
         )
         return logits, past + text.shape[1], keys, values
+
+
+class WithSight(LanguageModel):
+    def forward(self, text, media, seen, attends, past, key_cache, value_cache):
+        return self.run(text, media, (seen, attends, None), past, key_cache, value_cache)
+
+
+class WithSees(LanguageModel):
+    """One that also has to know which rows see any image."""
+
+    def forward(self, text, media, seen, attends, sees, past, key_cache, value_cache):
+        return self.run(text, media, (seen, attends, sees), past, key_cache, value_cache)
 
 
 class Part(nn.Module):
@@ -261,7 +281,7 @@ def text_stages(
     """The stages from token ids on: the same for all families of images outside the text."""
     c = model.config
     cache = [TensorSpec(("B", c.num_key_value_heads, capacity, c.head_dim), dtype)] * c.num_hidden_layers
-    inputs: dict[str, TensorSpec | list[TensorSpec]] = {
+    inputs: Inputs = {
         "text": TensorSpec(("B", "nt", c.hidden_size), dtype),
         "media": TensorSpec(("B", "nb", cross.rows, cross.width), dtype),
         "seen": TensorSpec(("B", "nt", "nb"), torch.bool),
@@ -270,9 +290,9 @@ def text_stages(
     if sees:
         inputs["sees"] = TensorSpec(("B", "nt"), torch.bool)
     inputs |= {"past": TensorSpec(("B",), torch.int64), "key_cache": cache, "value_cache": cache}
-    ids = {"ids": TensorSpec(("B", "nt"), torch.int64)}
+    ids: Inputs = {"ids": TensorSpec(("B", "nt"), torch.int64)}
     outputs = ["logits", "past", "key_cache", "value_cache"]
     return {
         "embed": StageSpec(Part(model, embed), ids, ["text"]),
-        "language_model": StageSpec(LanguageModel(model, capacity, sees), inputs, outputs),
+        "language_model": StageSpec((WithSees if sees else WithSight)(model, capacity), inputs, outputs),
     }

@@ -19,6 +19,7 @@ from mmopt.models._transformers import (
     CrossAttention,
     CrossModel,
     DecoderLayer,
+    Inputs,
     Part,
     VisionAttention,
     check,
@@ -204,9 +205,9 @@ class Idefics(CrossModel):
 def stages(model: Idefics, capacity: int) -> dict[str, StageSpec]:
     c, v = model.config, model.config.vision
     dtype = model.lm_head.weight.dtype
-    pixels = {"pixel_values": TensorSpec(("N", v.num_channels, v.image_size, v.image_size), dtype)}
+    pixels: Inputs = {"pixel_values": TensorSpec(("N", v.num_channels, v.image_size, v.image_size), dtype)}
     if c.library.use_resampler:
-        rows = {"vision_rows": TensorSpec(("N", c.vision_rows, v.embed_dim), dtype)}
+        rows: Inputs = {"vision_rows": TensorSpec(("N", c.vision_rows, v.embed_dim), dtype)}
         encode = {
             "encode_vision": StageSpec(Part(model, lambda m, x: m.model.vision_model(x)), pixels, ["vision_rows"]),
             "resample": StageSpec(Part(model, lambda m, x: m.resample(x)), rows, ["image_rows"]),

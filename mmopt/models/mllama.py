@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec
@@ -18,6 +19,7 @@ from mmopt.models._transformers import (
     CrossAttention,
     CrossModel,
     DecoderLayer,
+    Inputs,
     Part,
     VisionAttention,
     check,
@@ -102,7 +104,8 @@ class VisionModel(Adopted):
 
     def forward(self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor) -> Tensor:
         n, tiles = pixel_values.shape[:2]
-        x = self.patch_embedding(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding
+        x = F.conv2d(pixel_values.flatten(0, 1), patches.weight, stride=patches.stride).flatten(2).transpose(1, 2)
         x = x.view(n, tiles, x.shape[1], x.shape[2])
         x = self.pre_tile_positional_embedding(x, aspect_ratio_ids)
         x = torch.cat([self.class_embedding.expand(n, tiles, 1, -1), x], dim=2)
@@ -111,7 +114,7 @@ class VisionModel(Adopted):
         rows = -(-real // 8) * 8
         x = torch.cat([x, x.new_zeros(n, tiles, rows - real, width)], dim=2)
         counts = torch.arange(rows, device=x.device) < real
-        counts = ((aspect_ratio_mask != 0)[:, :, None] & counts).flatten(1)
+        counts = ((aspect_ratio_mask > 0)[:, :, None] & counts).flatten(1)
         mask = counts[:, :, None] | counts[:, None, :]
 
         x, kept = x.flatten(1, 2), []
@@ -122,7 +125,8 @@ class VisionModel(Adopted):
         x = self.post_tile_positional_embedding(x, aspect_ratio_ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
             x = layer(x, mask)
-        middle = torch.stack([kept[sorted(self.chosen).index(i)] for i in self.chosen], dim=-1).flatten(2)
+        # feature by feature, and for each feature layer by layer
+        middle = torch.cat([kept[sorted(self.chosen).index(i)][..., None] for i in self.chosen], dim=-1).flatten(2)
         return torch.cat([y.view(n, tiles, rows, y.shape[2])[:, :, :real] for y in (x, middle)], dim=-1)
 
 
@@ -172,12 +176,12 @@ class Mllama(CrossModel):
 def stages(model: Mllama, capacity: int) -> dict[str, StageSpec]:
     c, v = model.config, model.config.vision
     tiles, dtype = v.max_num_tiles, model.multi_modal_projector.weight.dtype
-    images: dict[str, TensorSpec | list[TensorSpec]] = {
+    images: Inputs = {
         "pixel_values": TensorSpec(("N", tiles, v.num_channels, v.image_size, v.image_size), dtype),
         "aspect_ratio_ids": TensorSpec(("N",), torch.int64),
         "aspect_ratio_mask": TensorSpec(("N", tiles), torch.int64),
     }
-    rows = {"vision_rows": TensorSpec(("N", tiles, c.vision_rows, v.vision_output_dim), dtype)}
+    rows: Inputs = {"vision_rows": TensorSpec(("N", tiles, c.vision_rows, v.vision_output_dim), dtype)}
     return {
         "encode_vision": StageSpec(Part(model, lambda m, *x: m.vision_model(*x)), images, ["vision_rows"]),
         "resample": StageSpec(Part(model, lambda m, x: m.multi_modal_projector(x)), rows, ["image_rows"]),

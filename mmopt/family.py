@@ -33,7 +33,7 @@ class Cross:
     """How text rows see images that lie outside the text, through cross-attention. Defaults: see `mmopt.sight`.
 
     blocks: blocks of rows that one image becomes (tiles). rows, width: shape of a block.
-    before: what text before the first image gets, "nothing" (zeros) or "everything" (all keys weigh the same).
+    before: what text before the first image gets, "nothing" (zeros) or "everything" (attention to all blocks).
     together: images whose markers follow each other directly are seen together by the text after them.
     reset: a marker that is fed while decoding makes its sample see the first image again and the others none.
     """

@@ -16,6 +16,10 @@ PER_CALL = ("seen", "attends", "sees", "segment_rows", "row_segments", "key_mask
 Seen = tuple[int, ...] | None  # blocks that a row sees; () sees none and weighs all keys the same; None gets zeros
 
 
+class Before(tuple):
+    """All blocks of a sample, for rows before its first image that attend to everything but count as seeing nothing."""
+
+
 class Sight:
     """What one sample's rows see, from the first row on. `info`: of a Program or an engine.
 
@@ -29,7 +33,8 @@ class Sight:
         if len(self.tiles) != images or any(not 1 <= t <= self.cross["blocks"] for t in self.tiles):
             raise ValueError(f"tiles are {self.tiles}, expected {images} numbers from 1 to {self.cross['blocks']}")
         self.markers, self._after_marker = before, False
-        self.now: Seen = () if images and self.cross["before"] == "everything" else None
+        everything = images and self.cross["before"] == "everything"
+        self.now: Seen = Before(range(images * self.cross["blocks"])) if everything else None
         if before:
             self.now = self._image(before - 1)
 
@@ -71,7 +76,8 @@ def masks(rows: Sequence[Seen], blocks: int) -> tuple[np.ndarray, np.ndarray, np
     seen = np.zeros((len(rows), blocks), np.bool_)
     for i, row in enumerate(rows):
         seen[i, list(row or ())] = True
-    return seen, np.array([r is not None for r in rows], np.bool_), seen.any(1)
+    attends, sees = [r is not None for r in rows], [bool(r) and not isinstance(r, Before) for r in rows]
+    return seen, np.array(attends, np.bool_), np.array(sees, np.bool_)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mmopt.decoding import Cache, Job
 from mmopt.planning import count_rows
 from mmopt.sampling import Answer, Completion, Request
-from mmopt.session import EngineError, Tensor
+from mmopt.session import EngineError
+from mmopt.view import Image, View
 
 if TYPE_CHECKING:
     from mmopt.engine import Engine
@@ -53,7 +54,7 @@ class Chat:
         self._engine = engine
         self._cache: Cache | None = None
         self._fed: list[int] = []  # the ids whose rows the cache holds
-        self._images: list[Tensor] = []
+        self._images: list[Image] = []
         self._lock = threading.Lock()
 
     def send(self, text: str, images: Sequence[Any] = (), stream: bool = False, **options: Any) -> Completion | Stream:
@@ -79,6 +80,9 @@ class Chat:
             used = ids[:kept].count(self._engine.info["image_id"])
             self._fed = ids[:kept]
             self._cache.past[0] = count_rows(self._fed, self._engine.info)
+            if decoder.cross:
+                self._cache.views[0] = View(self._engine.info, job.images[:used])
+                self._cache.views[0].sight.read(self._fed)
             try:
                 for _ in decoder.run(self._cache, [Job(answer, ids[kept:], job.images[used:])]):
                     if answer.piece:

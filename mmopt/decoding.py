@@ -17,19 +17,28 @@ from typing import Any
 import numpy as np
 
 from mmopt.planning import plan
+from mmopt.prefix import Prefix, restore
 from mmopt.sampling import Answer
 from mmopt.session import Bound, EngineError, StageSession, Tensor, from_bits
+from mmopt.sight import PER_CALL
+from mmopt.view import Image, View, given
 
 POOLED = 2  # caches kept for the next calls
 
 
 @dataclass
 class Job:
-    """One sample on its way: ids still to be fed, rows of their images (``[1, rows, hidden]`` each) and the answer."""
+    """One sample on its way: ids still to be fed, their images and the answer.
+
+    before: markers that are taken for read before the first id, where images lie outside the text. prefix: what the
+    ids go on from.
+    """
 
     answer: Answer
     ids: list[int]
-    images: list[Tensor]
+    images: list[Image]
+    before: int = 0
+    prefix: Prefix | None = None
 
 
 class Cache:
@@ -40,6 +49,10 @@ class Cache:
         self.batch, self._decoder = batch, decoder
         self.past = np.zeros(batch, np.int64)
         self.leading: list[tuple[int, ...]] = [()] * batch  # text before the first image that each lane begins with
+        # Where images lie outside the text: what each lane sees, and a number that changes whenever that does.
+        self.views = [View(decoder.info) for _ in range(batch)] if decoder.cross else []
+        self.version = 0
+        self.holds: list[Prefix | None] = [None] * batch  # the stored prefix whose rows each lane begins with
         self.tensors = {
             k: Tensor.zeros((batch, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
             for k in model.inputs
@@ -60,13 +73,25 @@ class DecodeStep:
         embed, model = decoder.embed, decoder.language
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
-        text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
-        no_visual = Tensor.zeros((lanes, 0, decoder.width), decoder.dtype, model.device)
+        self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
         self._logits = Tensor.zeros((lanes, 1, decoder.info["vocab_size"]), decoder.dtype)
-        self._embed = embed.bind({"ids": self._ids}, {"text": text})
-        self._model = decoder.bind_language(no_visual, text, self._past, cache, slice(0, lanes), self._logits)
+        self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
+        self._decoder, self._cache, self._lanes = decoder, cache, lanes
+        self._bind()
+
+    def _bind(self) -> None:
+        decoder, cache, lanes = self._decoder, self._cache, self._lanes
+        if decoder.cross:
+            views = cache.views[:lanes]
+            images = given(decoder, views, [[v.sight.now] for v in views])
+        else:
+            images = {"visual": Tensor.zeros((lanes, 0, decoder.width), decoder.dtype, decoder.language.device)}
+        self._model = decoder.bind_language(images, self._text, self._past, cache, slice(0, lanes), self._logits)
+        self._version = cache.version
 
     def run(self, ids: Sequence[int], past: np.ndarray) -> np.ndarray:
+        if self._version != self._cache.version:
+            self._bind()
         self._ids.write(np.array(ids, np.int64)[:, None])
         self._past.write(past)
         self._embed.run()
@@ -89,37 +114,87 @@ class Decoder:
             for name, stage in facts["stages"].items()
         }
         self.embed, self.language = self.stages[table], self.stages[model]
-        unknown = {k for k in self.language.inputs if k not in ("visual", "text") and k not in self.language.outputs}
+        self.cross, self.segmented = self.info.get("cross"), self.info.get("segments", {})
+        calls = [i for i in facts["schedule"] if "call" in i]
+        self._look_calls, apart = [], {"media"} if self.cross else set()
+        for c in calls:  # what is made of the images of a sample, not of an image alone
+            stage, rename = facts["stages"][c["call"]], c["rename"]
+            if apart & {rename.get(k, k) for k in stage["inputs"]}:
+                apart |= {rename.get(k, k) for k in stage["outputs"]}
+                self._look_calls.append(c)
+        self._encode_calls = [c for c in calls if c not in self._look_calls]
+        self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
+        known = {"visual", "text", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}
+        unknown = {k for k in self.language.inputs if k not in known and k not in self.language.outputs}
         if unknown:
             raise EngineError(
                 f"{directory}: stage {model} has inputs that this engine cannot give: {', '.join(unknown)}"
             )
-        self._encode_calls = [i for i in facts["schedule"] if "call" in i]
         self._pool: list[Cache] = []
         self._pool_lock = threading.Lock()
 
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time."""
-        rows = Tensor.zeros((len(pixels), self.info["rows_per_image"], self.width), self.dtype, self.language.device)
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Shape of what the image stages make of one image."""
+        if self.cross:
+            return self.cross["blocks"], self.cross["rows"], self.cross["width"]
+        return self.info["rows_per_image"], self.width
+
+    def encode(self, pixels: np.ndarray, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
+        """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time.
+
+        Where images lie outside the text the rows are ``[N, blocks, rows, width]``. `inputs`: what the image stages
+        take beside the pixels, a row for each image.
+        """
+        rows = Tensor.zeros((len(pixels), *self.rows_shape), self.dtype, self.language.device)
         for i in range(len(pixels)):
             values = {"pixel_values": Tensor.of(pixels[i : i + 1], self.dtype)}
-            for call in self._encode_calls:
-                stage, rename = self.stages[call["call"]], call["rename"]
-                given = {k: values[rename.get(k, k)] for k in stage.inputs}
-                for k, out in stage.outputs.items():
-                    name = rename.get(k, k)
-                    if name == "image_rows":
-                        values[name] = rows[i : i + 1]
-                    else:
-                        values[name] = Tensor.zeros(stage.output_shape(k, given), out["dtype"], stage.device)
-                stage.bind(given, {k: values[rename.get(k, k)] for k in stage.outputs}).run()
+            for name, x in (inputs or {}).items():
+                values[name] = Tensor.of(np.asarray(x)[i : i + 1], "int64")
+            values["image_rows"] = rows[i : i + 1]
+            self._run_calls(self._encode_calls, values)
         return rows
 
-    def prefill(self, cache: Cache, lane: int, ids: Sequence[int], images: Sequence[Tensor] = ()) -> np.ndarray:
-        """Feed ids and the rows of their images on top of what the lane holds; returns the last row's logits ``[V]``.
+    def _run_calls(self, calls: Sequence[dict], values: dict[str, Tensor]) -> None:
+        """Run stages on named values; outputs go into memory that has their name already, else into new memory."""
+        for call in calls:
+            stage, rename = self.stages[call["call"]], call["rename"]
+            inputs = {k: values[rename.get(k, k)] for k in stage.inputs}
+            for k, out in stage.outputs.items():
+                if rename.get(k, k) not in values:
+                    shape = stage.output_shape(k, inputs)
+                    values[rename.get(k, k)] = Tensor.zeros(shape, out["dtype"], stage.device)
+            stage.bind(inputs, {k: values[rename.get(k, k)] for k in stage.outputs}).run()
+
+    def image(self, rows: Tensor | Image, tiles: int | None = None) -> Image:
+        """An image ready for the language model, from its rows ``[1, ...]``."""
+        if isinstance(rows, Image):
+            return rows
+        if not self.cross:
+            return Image(rows)
+        values = {"media": rows}
+        self._run_calls(self._look_calls, values)
+        wanted = {*self.whole, *self.segmented}
+        return Image(rows, {k: t.reshape(t.shape[1:]) for k, t in values.items() if k in wanted}, tiles)
+
+    def prefill(
+        self, cache: Cache, lane: int, ids: Sequence[int], images: Sequence[Tensor | Image] = (), before: int = 0
+    ) -> np.ndarray:
+        """Feed ids and their images on top of what the lane holds; returns the last row's logits ``[V]``.
 
         The leading text of a chat template is the same for every prompt: an empty lane that still holds it keeps it.
         """
+        ready = [self.image(i) for i in images]
+        if cache.past[lane] < (cache.holds[lane].rows if cache.holds[lane] else 0):  # type: ignore[union-attr]
+            cache.holds[lane] = None
+        if self.cross:
+            if cache.past[lane] == 0:
+                cache.views[lane] = View(self.info, ready, before)
+            else:
+                cache.views[lane] = cache.views[lane].copy(ready)
+            cache.version += 1
+            view = cache.views[lane]
+            return self._feed(cache, lane, ids, given(self, [view], [view.sight.read(ids)]))
         chunks = plan([ids], self.info, 1)
         if cache.past[lane] == 0:
             leading = chunks[0].ids if len(chunks) > 1 and not chunks[0].images else ()
@@ -130,17 +205,22 @@ class Decoder:
         elif cache.past[lane] < len(cache.leading[lane]):
             cache.leading[lane] = ()
         for chunk in chunks:
-            text = Tensor.zeros((1, len(chunk.ids), self.width), self.dtype, self.embed.device)
-            self.embed.bind({"ids": Tensor.of(np.array([chunk.ids]), "int64")}, {"text": text}).run()
             visual = Tensor.zeros((1, 0, self.width), self.dtype, self.language.device)
             if chunk.images:
-                visual = _one_after_the_other([images[i] for i in chunk.images])
-            rows = visual.shape[1] + text.shape[1]
-            out_rows = 1 if self.language.outputs["logits"]["shape"][1] == 1 else rows
-            logits = Tensor.zeros((1, out_rows, self.info["vocab_size"]), self.dtype)
-            past = Tensor.of(cache.past[lane : lane + 1], "int64")
-            self.bind_language(visual, text, past, cache, slice(lane, lane + 1), logits).run()
-            cache.past[lane] += rows
+                visual = _one_after_the_other([ready[i].rows for i in chunk.images])
+            last = self._feed(cache, lane, chunk.ids, {"visual": visual})
+        return last
+
+    def _feed(self, cache: Cache, lane: int, ids: Sequence[int], images: dict[str, Tensor]) -> np.ndarray:
+        """One call of the language model on some rows of one lane; returns the last row's logits ``[V]``."""
+        text = Tensor.zeros((1, len(ids), self.width), self.dtype, self.embed.device)
+        self.embed.bind({"ids": Tensor.of(np.array([ids]), "int64")}, {"text": text}).run()
+        rows = len(ids) + (images["visual"].shape[1] if "visual" in images else 0)
+        out_rows = 1 if self.language.outputs["logits"]["shape"][1] == 1 else rows
+        logits = Tensor.zeros((1, out_rows, self.info["vocab_size"]), self.dtype)
+        past = Tensor.of(cache.past[lane : lane + 1], "int64")
+        self.bind_language(images, text, past, cache, slice(lane, lane + 1), logits).run()
+        cache.past[lane] += rows
         return logits.numpy()[0, -1].astype(np.float32, copy=False)
 
     def decode(self, cache: Cache, ids: Sequence[int], active: Sequence[bool]) -> np.ndarray:
@@ -148,6 +228,10 @@ class Decoder:
 
         A lane that is not active is computed too, but its length stays: what it writes is past its last row.
         """
+        for view, token, on in zip(cache.views, ids, active, strict=False):
+            before = view.sight.now
+            if on and view.sight.decode(token) != before:
+                cache.version += 1
         logits = cache.step(len(ids)).run(ids, cache.past[: len(ids)])
         cache.past[: len(ids)] += np.asarray(active)
         return logits
@@ -159,7 +243,9 @@ class Decoder:
         are at the end, where a step can leave them out.
         """
         for lane, job in enumerate(jobs):
-            job.answer.take(self.prefill(cache, lane, job.ids, job.images))
+            if job.prefix is not None:
+                restore(cache, lane, job.prefix)
+            job.answer.take(self.prefill(cache, lane, job.ids, job.images, job.before))
         yield
         while unfinished := [lane for lane, j in enumerate(jobs) if j.answer.finish is None]:
             live = jobs[: unfinished[-1] + 1]
@@ -169,11 +255,11 @@ class Decoder:
             yield
 
     def bind_language(
-        self, visual: Tensor, text: Tensor, past: Tensor, cache: Cache, lanes: slice, logits: Tensor
+        self, images: dict[str, Tensor], text: Tensor, past: Tensor, cache: Cache, lanes: slice, logits: Tensor
     ) -> Bound:
         """The language model on some lanes of a cache: the same memory as input and output."""
         kept = {k: t[lanes] for k, t in cache.tensors.items()}
-        inputs = {"visual": visual, "text": text, "past": past} | kept
+        inputs = images | {"text": text, "past": past} | kept
         outputs = {"logits": logits, "past": Tensor.zeros(past.shape, "int64", past.device)} | kept
         return self.language.bind(inputs, outputs)
 
@@ -201,11 +287,10 @@ class Decoder:
 
 
 def _one_after_the_other(images: Sequence[Tensor]) -> Tensor:
-    """Tensors ``[1, rows, hidden]`` that lie one after the other in memory, as ``[1, all rows, hidden]``; no copy."""
+    """Tensors ``[1, rows, hidden]`` as ``[1, all rows, hidden]``; a copy only if they do not follow each other."""
     first = images[0]
     step = images[1].pointer - first.pointer if len(images) > 1 else 0
+    shape = (1, len(images) * first.shape[1], first.shape[2])
     if any(t.owner is not first.owner or t.pointer != first.pointer + i * step for i, t in enumerate(images)):
-        raise AssertionError("images that follow each other in a prompt are encoded together")
-    return Tensor(
-        (1, len(images) * first.shape[1], first.shape[2]), first.dtype, first.pointer, first.device, first.owner
-    )
+        return Tensor.of(np.concatenate([t.numpy() for t in images], 1), first.dtype, first.device)
+    return Tensor(shape, first.dtype, first.pointer, first.device, first.owner)

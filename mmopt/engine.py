@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ import numpy as np
 from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
 from mmopt.planning import count_rows, plan
+from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, ImageProcessor, TextProcessor
 from mmopt.sampling import Answer, Completion, Request
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
+from mmopt.store import Store
+from mmopt.view import Image
 
 __all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Run", "Stream", "available_providers"]
 
@@ -25,8 +29,9 @@ class Engine:
 
     provider: "cpu", "cuda" or "tensorrt"; by default "cuda" where there is one (`available_providers` lists them).
     threads: by default all processors that the process may use. verify_checksums: check the contents of the weights,
-    not only their size. Raises EngineError (a ValueError) for a directory that is missing, foreign, incomplete, changed
-    or too new, and for a provider that is not there.
+    not only their size. keep_bytes: how much of encoded images and of prefixes is kept for later requests, the least
+    recently used going first. Raises EngineError (a ValueError) for a directory that is missing, foreign, incomplete,
+    changed or too new, and for a provider that is not there.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class Engine:
         provider: str | None = None,
         threads: int | None = None,
         verify_checksums: bool = False,
+        keep_bytes: int = 256 << 20,
     ):
         self.directory = Path(directory)
         if threads is not None and threads < 1:
@@ -49,6 +55,7 @@ class Engine:
             self.template = ChatTemplate.from_json(processing["chat"])
         self._text = self._read_tokenizer(processing.get("tokenizer"))
         self.decoder = Decoder(self.directory, facts, self.provider, self.threads)
+        self.fingerprint, self.store = fingerprint(facts), Store(keep_bytes)
 
     def __repr__(self) -> str:
         i = self.info
@@ -94,6 +101,35 @@ class Engine:
         """A conversation: each image is encoded once, and earlier turns stay in the cache."""
         return Chat(self)
 
+    def prefix(self, prompt: str | Sequence[int], images: Sequence[Any] = ()) -> Prefix:
+        """Read the beginning of prompts once: few-shot examples, say, with their images.
+
+        ``generate(query, prefix=...)`` then goes on from it; any number of queries may share it, in a batch too. A text
+        is the beginning of the user's message, with a marker for each image; the query is the rest of it. It is kept
+        (`keep_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
+        """
+        with _engine_errors("the prefix is neither text nor token ids: "):
+            if isinstance(prompt, str):
+                ids = self.text.encode(self.template.user + self.with_markers(prompt, images))
+            else:
+                ids = [int(t) for t in prompt]
+        self._count_images(ids, len(images))
+        with _engine_errors():
+            plan([ids], self.info, 1)
+        ready, keys = self._ready(images)
+        key = ("prefix", tuple(ids), tuple(keys))
+        made = self.store.get(key)
+        if made is None:
+            cache = Cache(self.decoder, 1)
+            self.decoder.prefill(cache, 0, ids, ready)
+            made = take(cache, 0, tuple(ids), ready, self.fingerprint, self.dtype)
+            self.store.put(key, made, made.nbytes)
+        return made
+
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """A prefix from a file. EngineError if it cannot be read or was made for another engine."""
+        return read(path, self.decoder, self.fingerprint)
+
     def encode_images(self, images: Any) -> Tensor:
         """Image rows ``[N, rows, hidden]`` of a list of images or of pixel_values ``[N, 3, H, W]`` (floats)."""
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
@@ -115,30 +151,38 @@ class Engine:
         ignore_eos: bool = False,
         logits: bool = False,
         caches: bool = False,
+        images: Sequence[int] | None = None,
+        image_inputs: dict[str, np.ndarray] | None = None,
+        before: Sequence[int] | None = None,
+        tiles: Sequence[int] | None = None,
     ) -> Run:
         """Greedy decoding of prompts given as ids, with the image id where an image stands; images in order of prompts.
 
         `forced` ``[B, max_new_tokens]`` is fed instead of the likeliest ids; nothing ends early then. `logits` and
-        `caches`: return these too.
+        `caches`: return these too. `image_inputs`: what the image stages take beside pixel_values. Where images lie
+        outside the text: `images` of each prompt, if not as many as its markers; `tiles` of each image that count;
+        markers `before` each prompt.
         """
         request = Request([], max_new_tokens=max_new_tokens)
         with _engine_errors():
-            plan(prompts, self.info, max_new_tokens)
+            plan(prompts, self.info, max_new_tokens, images)
         if forced is not None and np.shape(forced) != (len(prompts), max_new_tokens):
             raise EngineError(f"forced has shape {np.shape(forced)}, expected ({len(prompts)}, {max_new_tokens})")
         if image_rows is None and pixel_values is not None:
-            image_rows = self.encode_images(np.asarray(pixel_values))
+            image_rows = self.decoder.encode(np.asarray(pixel_values), image_inputs)
         if image_rows is not None and not isinstance(image_rows, Tensor):
             image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
         eos = frozenset(() if ignore_eos or forced is not None else self.info["eos_ids"])
         jobs, rest = [], _each(image_rows)
-        self._count_images([t for p in prompts for t in p], len(rest))
+        counts = [list(p).count(self.info["image_id"]) for p in prompts] if images is None else list(images)
+        if sum(counts) != len(rest):
+            raise EngineError(f"the prompts have places for {sum(counts)} images, but {len(rest)} were given")
+        each = [self.decoder.image(r, tiles[i] if tiles is not None else None) for i, r in enumerate(rest)]
         for i, prompt in enumerate(prompts):
             row = None if forced is None else forced[i]
             answer = Answer(request, max_new_tokens, eos, forced=row, keep_logits=logits)
-            used = list(prompt).count(self.info["image_id"])
-            jobs.append(Job(answer, list(prompt), rest[:used]))
-            rest = rest[used:]
+            jobs.append(Job(answer, list(prompt), each[: counts[i]], before[i] if before is not None else 0))
+            each = each[counts[i] :]
         cache = Cache(self.decoder, len(jobs))  # not one of the pool: the result may keep it
         for _ in self.decoder.run(cache, jobs):
             pass
@@ -152,9 +196,14 @@ class Engine:
         )
 
     # ------------------------------------------------------------------------------------------------------- inside
-    def prepare(self, request: Request, earlier: Sequence[Tensor] = ()) -> Job:
-        """Check a request and encode its text and images. `earlier`: rows of the first images of the prompt."""
-        if isinstance(request.prompt, str):
+    def prepare(self, request: Request, earlier: Sequence[Image] = ()) -> Job:
+        """Check a request and encode its text and images. `earlier`: the first images of the prompt, made ready."""
+        start = request.prefix
+        if start is not None and start.made_for != self.fingerprint:
+            raise EngineError("the prefix was made for another engine")
+        if start is not None:
+            ids = self._rest_of_message(request)
+        elif isinstance(request.prompt, str):
             content = self.with_markers(request.prompt, request.images)
             ids = self._render([{"role": "user", "content": content}])
         elif len(request.prompt) and isinstance(request.prompt[0], dict):
@@ -164,14 +213,50 @@ class Engine:
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
-        rows = count_rows(ids, self.info)
+        rows = count_rows(ids, self.info) + (start.rows if start else 0)
         limit = request.max_new_tokens or max(1, self.info["context"] - rows + 1)
         with _engine_errors():
             plan([ids], self.info, limit)
+        if start and rows + limit - 1 > self.info["context"]:
+            raise EngineError(
+                f"the prefix takes {start.rows} rows, the prompt {rows - start.rows}, and {limit} new tokens are asked "
+                f"for, but the cache holds {self.info['context']}"
+            )
         self._count_images(ids, len(earlier) + len(request.images))
-        new = _each(self.encode_images(request.images)) if len(request.images) else []
+        new, _ = self._ready(request.images)
         answer = Answer(request, limit, frozenset(self.info["eos_ids"]), self._text, prompt_rows=rows)
-        return Job(answer, ids, [*earlier, *new])
+        return Job(answer, ids, [*earlier, *new], prefix=start)
+
+    def _rest_of_message(self, request: Request) -> list[int]:
+        """Ids of a prompt that goes on from a prefix: text is the rest of the user's message."""
+        if not isinstance(request.prompt, str):
+            with _engine_errors("after a prefix the prompt must be text or token ids: "):
+                return [int(t) for t in request.prompt]  # type: ignore[arg-type]
+        content = self.with_markers(request.prompt, request.images)
+        with _engine_errors():
+            ids = self.text.encode(content + self.template.separator + self.template.assistant)
+        return ids if self.text.bos_id is None else ids[1:]
+
+    def _ready(self, images: Sequence[Any]) -> tuple[list[Image], list[str]]:
+        """Images made ready for the language model, and the hashes of their pixels; what was encoded before is kept."""
+        if not len(images):
+            return [], []
+        with _engine_errors():
+            arrays = self.image_processor(images)
+        inputs = arrays if isinstance(arrays, dict) else {"pixel_values": arrays}
+        tiles = inputs.pop("tiles", None)
+        pixels, made, keys = inputs.pop("pixel_values"), [], []
+        for i in range(len(pixels)):
+            digest = hashlib.blake2b(np.ascontiguousarray(pixels[i]), digest_size=20)
+            keys.append(digest.hexdigest())
+            image = self.store.get(("image", keys[-1]))
+            if image is None:
+                own = {k: x[i : i + 1] for k, x in inputs.items()}
+                rows = self.decoder.encode(pixels[i : i + 1], own)
+                image = self.decoder.image(rows, int(tiles[i]) if tiles is not None else None)
+                self.store.put(("image", keys[-1]), image, image.nbytes)
+            made.append(image)
+        return made, keys
 
     def with_markers(self, text: str, images: Sequence[Any]) -> str:
         """A question with one marker for each image: put in front unless the question has them."""

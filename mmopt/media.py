@@ -67,6 +67,6 @@ class Media:
                 (chosen.segment_rows, chosen.row_segments, key_mask(chosen, self.info["cross"]["rows"])),
             )
             for k, kind in self.segmented.items():
-                each = [x.float().numpy() for x in apart[k]]
-                given[f"segment.{k}"] = torch.from_numpy(gather(chosen, each, kind == "key", counts)).to(apart[k].dtype)
+                each = [list(x[: max(1, c)].float().numpy()) for x, c in zip(apart[k], counts, strict=True)]
+                given[f"segment.{k}"] = torch.from_numpy(gather(chosen, each, kind == "key")).to(apart[k].dtype)
         return given

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmopt.processing import TextProcessor
 from mmopt.session import EngineError
+
+if TYPE_CHECKING:
+    from mmopt.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Request:
         keeps the k likeliest and then `top_p` the fewest that hold this share of the rest. `seed` fixes the draws.
     stop: texts that end the answer; they are not part of it.
     logprobs: also return the log-probability of each token.
+    prefix: what `Engine.prefix` returned; the prompt (text or token ids) goes on from there.
     """
 
     prompt: str | Sequence[dict] | Sequence[int]
@@ -36,6 +40,7 @@ class Request:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     logprobs: bool = False
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, list | tuple):

@@ -142,6 +142,16 @@ class Tensor:
         step = math.prod(self.shape[1:]) * np.dtype(DTYPES[self.dtype][0]).itemsize
         return Tensor((stop - start, *self.shape[1:]), self.dtype, self.pointer + start * step, self.device, self.owner)
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype][0]).itemsize
+
+    def reshape(self, shape: tuple[int, ...]) -> Tensor:
+        """The same memory in another shape of as many elements."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"a tensor of shape {self.shape} has no shape {shape}")
+        return Tensor(shape, self.dtype, self.pointer, self.device, self.owner)
+
     def write(self, array: Any) -> None:
         """Set the values of a tensor that is not a slice."""
         if isinstance(self.owner, np.ndarray):

@@ -128,18 +128,18 @@ def key_mask(chosen: Segments, keys: int) -> np.ndarray:
     return np.repeat(np.array(taken, np.bool_), keys, axis=1)
 
 
-def gather(chosen: Segments, samples: Sequence[np.ndarray], is_key: bool, counts: Sequence[int]) -> np.ndarray:
-    """K or V of each sample ``[blocks, rows, width]`` -> of each segment ``[S, most blocks * rows, width]``.
+def gather(chosen: Segments, samples: Sequence[Sequence[np.ndarray]], is_key: bool) -> np.ndarray:
+    """K or V of each sample's blocks ``[rows, width]`` -> of each segment ``[S, most blocks * rows, width]``.
 
-    A segment that sees nothing weighs the sample's `counts` first blocks all the same: keys of zero, and in every row
-    the mean of the values.
+    A segment that sees nothing weighs all blocks of its sample the same: keys of zero, and in every row the mean of the
+    values.
     """
     most = max(1, *(len(blocks) for _, blocks in chosen.blocks))
-    _, rows, width = samples[0].shape
-    made = np.zeros((len(chosen.blocks), most, rows, width), samples[0].dtype)
+    one = next(blocks[0] for blocks in samples if len(blocks))
+    made = np.zeros((len(chosen.blocks), most, *one.shape), one.dtype)
     for s, (b, blocks) in enumerate(chosen.blocks):
-        if blocks:
-            made[s, : len(blocks)] = samples[b][list(blocks)]
-        elif not is_key and counts[b]:
-            made[s, 0] = samples[b][: counts[b]].astype(np.float32).mean((0, 1))
-    return made.reshape(len(chosen.blocks), most * rows, width)
+        for place, i in enumerate(blocks):
+            made[s, place] = samples[b][i]
+        if not blocks and not is_key and len(samples[b]):
+            made[s, 0] = np.mean([x.astype(np.float32).mean(0) for x in samples[b]], 0)
+    return made.reshape(len(chosen.blocks), most * one.shape[0], one.shape[1])

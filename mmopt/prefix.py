@@ -1,0 +1,134 @@
+"""The beginning of prompts, computed once: its ids, its rows in the caches, its images. Kept in memory or in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmopt.session import DTYPES, EngineError, Tensor
+from mmopt.view import Image, View
+
+if TYPE_CHECKING:
+    from mmopt.decoding import Cache, Decoder
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What `Engine.prefix` returns. `caches`: name -> filled rows ``[kv_heads, rows, head_dim]``, as they are stored.
+
+    made_for: the engine's fingerprint; another engine would read its rows wrongly, so it refuses them.
+    """
+
+    ids: tuple[int, ...]
+    rows: int
+    images: list[Image]
+    caches: dict[str, np.ndarray] = field(repr=False)
+    view: View | None = field(repr=False)
+    made_for: str
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.caches.values()) + sum(i.nbytes for i in self.images)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file; it appears whole or not at all."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        tensors = {f"cache.{k}": x for k, x in self.caches.items()}
+        for i, image in enumerate(self.images):
+            tensors |= {f"image.{i}.{k}": _bits(t) for k, t in {"rows": image.rows, **image.apart}.items()}
+        said = {
+            "schema": SCHEMA, "made_for": self.made_for, "ids": self.ids, "rows": self.rows, "dtype": self.dtype,
+            "tiles": [i.tiles for i in self.images],
+        }  # fmt: skip
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, partial, {"prefix": json.dumps(said)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+
+def _bits(t: Tensor) -> np.ndarray:
+    """The values as they are stored (bfloat16: its bits)."""
+    from mmopt.session import to_bits
+
+    return to_bits(t.numpy(), t.dtype)
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """What makes an engine compute what it computes: graphs, weights and dtype, as program.json lists them."""
+    listed = {
+        "stages": {k: s["sha256"] for k, s in facts["stages"].items()},
+        "weights": [f["sha256"] for f in (facts["weights"], *facts["weights"].get("linked", ()))],
+        "dtype": facts["dtype"],
+        "image": facts["processing"]["image"],
+    }
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def read(path: str | Path, decoder: Decoder, made_for: str) -> Prefix:
+    """A file that `Prefix.save` wrote. EngineError if it cannot be read or was made for another engine."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, "np") as f:
+            said = json.loads((f.metadata() or {}).get("prefix", "{}"))
+            if said.get("schema") != SCHEMA:
+                raise EngineError(f"{path}: not a prefix of schema {SCHEMA}, found {said.get('schema')}")
+            if said["made_for"] != made_for:
+                raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  it is no dict
+    except (OSError, SafetensorError, json.JSONDecodeError) as e:
+        raise EngineError(f"{path}: cannot be read as a stored prefix ({e})") from e
+    dtype, device = said["dtype"], decoder.language.device
+    images = []
+    for i, tiles in enumerate(said["tiles"]):
+        own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"image.{i}.")}
+        made = {k: Tensor.of(x, dtype, device) for k, x in own.items()}
+        images.append(Image(made.pop("rows"), made, tiles))
+    caches = {k.removeprefix("cache."): x for k, x in tensors.items() if k.startswith("cache.")}
+    view = View(decoder.info, images) if decoder.cross else None
+    if view:
+        view.sight.read(said["ids"])
+    return Prefix(tuple(said["ids"]), said["rows"], images, caches, view, made_for, dtype)
+
+
+def take(cache: Cache, lane: int, ids: tuple[int, ...], images: list[Image], made_for: str, dtype: str) -> Prefix:
+    """What lies in a lane, as a prefix of its own."""
+    rows = int(cache.past[lane])
+    caches = {}
+    for name, t in cache.tensors.items():
+        whole = t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
+        caches[name] = whole[lane, :, :rows].astype(DTYPES[t.dtype][0], copy=True)
+    view = cache.views[lane].copy() if cache.views else None
+    return Prefix(ids, rows, images, caches, view, made_for, dtype)
+
+
+def restore(cache: Cache, lane: int, prefix: Prefix) -> None:
+    """Put a prefix into a lane; a lane that still holds its rows keeps them."""
+    if cache.holds[lane] is not prefix:
+        for name, t in cache.tensors.items():
+            if isinstance(t.owner, np.ndarray):
+                t.owner[lane, :, : prefix.rows] = prefix.caches[name]
+            else:  # memory of a device is written whole
+                whole = t.owner.numpy()
+                whole[lane, :, : prefix.rows] = prefix.caches[name]
+                t.owner.update_inplace(whole)
+        cache.holds[lane], cache.leading[lane] = prefix, ()
+    cache.past[lane] = prefix.rows
+    if prefix.view is not None:
+        cache.views[lane] = prefix.view.copy()
+        cache.version += 1

@@ -1,0 +1,80 @@
+"""What the texts in an engine's caches see of images that lie outside them: images made ready, and inputs of calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmopt.session import Tensor
+from mmopt.sight import PER_CALL, Seen, Sight, gather, key_mask, masks, segments
+
+if TYPE_CHECKING:
+    from mmopt.decoding import Decoder
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image made ready. rows: ``[1, ...]`` what the image stages make of it; apart: what the language model reads of
+    it that lies outside the text, ``[blocks, rows, width]`` by name; tiles: blocks that count (None: all)."""
+
+    rows: Tensor
+    apart: dict[str, Tensor] = field(default_factory=dict)
+    tiles: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.rows, *self.apart.values()))
+
+
+class View:
+    """The images of one lane and what its rows see of them, as far as its text has been read."""
+
+    def __init__(self, info: dict[str, Any], images: Sequence[Image] = (), before: int = 0):
+        self.images = list(images)
+        self.blocks = info["cross"]["blocks"]
+        self.sight = Sight(info, len(self.images), self._tiles(), before)
+
+    def _tiles(self) -> list[int]:
+        return [i.tiles or self.blocks for i in self.images]
+
+    def copy(self, images: Sequence[Image] = ()) -> View:
+        """The same view, to go on with further images."""
+        made = copy.copy(self)
+        made.images, made.sight = [*self.images, *images], copy.copy(self.sight)
+        made.sight.images, made.sight.tiles = len(made.images), made._tiles()
+        return made
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """Blocks of all images ``[rows, width]``, one after the other."""
+        return [block for i in self.images for block in i.apart[name].numpy()]
+
+
+def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
+    """The inputs of a call of the language model that tell what each row of each view sees."""
+    model, cross = decoder.language, decoder.info["cross"]
+    most = max(1, *(len(v.images) * cross["blocks"] for v in views))
+    made: dict[str, np.ndarray] = {}
+    each = [masks(r, most) for r in rows]
+    made |= {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3]) if name in model.inputs}
+    for name in decoder.whole:
+        shape = model.inputs[name]["shape"][2:]
+        made[name] = np.zeros((len(views), most, *shape), np.float32)
+        for b, view in enumerate(views):
+            for i, block in enumerate(view.arrays(name)):
+                made[name][b, i] = block
+    if decoder.segmented:
+        chosen = segments(rows, cross["rows"])
+        made |= {"segment_rows": chosen.segment_rows, "row_segments": chosen.row_segments}
+        if "key_mask" in model.inputs:
+            made["key_mask"] = key_mask(chosen, cross["rows"])
+        for name, kind in decoder.segmented.items():
+            width = model.inputs[f"segment.{name}"]["shape"][2]
+            blocks = [v.arrays(name) for v in views]
+            if not any(blocks):
+                blocks[0] = [np.zeros((cross["rows"], width), np.float32)]
+            made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")
+    return {k: Tensor.of(x, model.inputs[k]["dtype"], model.device) for k, x in made.items()}

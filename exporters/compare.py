@@ -88,7 +88,7 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
         elif dtype.is_floating_point:
             values[name] = torch.randn(shape, generator=g).to(dtype)
         else:
-            most = 2 if dtype == torch.bool else info["vocab_size"]
+            most = 2 if dtype == torch.bool else contracts.index_limit(node) or info["vocab_size"]
             if name in ("segment_rows", "row_segments"):  # indices of rows, and of places for rows
                 most = sizes["B"] * sizes["nt"] if name == "segment_rows" else sizes["S"] * sizes["L"] + 1
             values[name] = torch.randint(0, most, shape, generator=g).to(dtype)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from mmopt.graph import EMBEDDING, shape_of
 from mmopt.program import Program
 
 # A pass may change the order of additions, so equal means: |a - b| <= rtol * (rms of the value) * 10 at the worst
@@ -83,9 +85,26 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
     inputs: dict[str, Any] = {"prompts": prompts, "max_new_tokens": 3, "ignore_eos": True}
     inputs["forced"] = torch.randint(3, info["vocab_size"], (len(prompts), 3), generator=g)
     if count:
-        size_of = next(s.input_nodes()["pixel_values"] for s in program.stages.values() if "pixel_values" in s.inputs)
-        inputs["pixel_values"] = torch.randn((count, *size_of.meta["shape"][1:]), generator=g)
+        stage = next(s for s in program.stages.values() if "pixel_values" in s.inputs)
+        made = {}
+        for name, node in stage.input_nodes().items():
+            shape, dtype = (count, *node.meta["shape"][1:]), node.meta["dtype"]
+            if dtype.is_floating_point:
+                made[name] = torch.randn(shape, generator=g)
+            else:
+                made[name] = torch.randint(0, index_limit(node) or 2, shape, generator=g).to(dtype)
+        inputs["pixel_values"] = made.pop("pixel_values")
+        if made:
+            inputs["image_inputs"] = made
+        if info.get("cross") and info["cross"]["blocks"] > 1:
+            inputs["tiles"] = torch.randint(1, info["cross"]["blocks"] + 1, (count,), generator=g).tolist()
     return inputs
+
+
+def index_limit(node: Node) -> int | None:
+    """How many rows the tables have that an input is an index into; None if it is none."""
+    tables = [int(shape_of(u.args[0])[0]) for u in node.users if u.target is EMBEDDING and u.args[1] is node]
+    return min(tables, default=None)
 
 
 def record(program: Program, weights: dict[str, Tensor], inputs: dict[str, Any]) -> list[tuple[str, str, str, Tensor]]:

@@ -113,8 +113,8 @@ class VisionModel(Adopted):
         real, width = x.shape[2], x.shape[3]
         rows = -(-real // 8) * 8
         x = torch.cat([x, x.new_zeros(n, tiles, rows - real, width)], dim=2)
-        counts = torch.arange(rows, device=x.device) < real
-        counts = ((aspect_ratio_mask > 0)[:, :, None] & counts).flatten(1)
+        there = (aspect_ratio_mask > 0) | (torch.arange(tiles, device=x.device) < 1)  # every image has a first tile
+        counts = (there[:, :, None] & (torch.arange(rows, device=x.device) < real)).flatten(1)
         mask = counts[:, :, None] | counts[:, None, :]
 
         x, kept = x.flatten(1, 2), []
@@ -141,8 +141,8 @@ class CrossLayer(Adopted):
     def forward(self, x: Tensor, media: Tensor, seen: Tensor, attends: Tensor, sees: Tensor) -> Tensor:
         attended = self.cross_attn(self.input_layernorm(x), media, seen, attends)
         x = x + self.cross_attn_attn_gate.tanh() * attended
-        made = self.mlp(self.post_attention_layernorm(x)) * sees[..., None]
-        return x + self.cross_attn_mlp_gate.tanh() * made
+        made = self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
+        return x + made * sees[..., None]
 
 
 class Mllama(CrossModel):

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmopt.family import Family, family_of
+from mmopt.family import Family, families, family_of
+from mmopt.files import Assembled, CheckpointError, Weights, read_json, read_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIGS = Path(__file__).parent / "configs"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names the file and what was expected."""
-
-
 @dataclass
 class Model:
-    """A loaded checkpoint. ``directory`` is None for a shipped config; ``has_weights`` False if it is shapes only."""
+    """A loaded checkpoint.
+
+    directory: None for a shipped config, and for a model put together from several places. has_weights: False if it is
+    shapes only. tokenizer: the text of a tokenizer.json, where `directory` does not hold it. arguments: those of `load`
+    that gave this model.
+    """
 
     family: Family
     config: Any
@@ -32,6 +33,8 @@ class Model:
     module: nn.Module
     directory: Path | None
     has_weights: bool = True
+    tokenizer: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,7 +50,7 @@ class Model:
     def processing(self) -> dict[str, Any]:
         """Image and chat settings of the checkpoint, as an engine stores them."""
         path = self.directory / "preprocessor_config.json" if self.directory else None
-        preprocessor = _read_json(path) if path is not None and path.is_file() else {}
+        preprocessor = read_json(path) if path is not None and path.is_file() else {}
         return {"image": self.family.image_processing(self.config, preprocessor), "chat": self.family.chat}
 
     @property
@@ -55,26 +58,57 @@ class Model:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
 
-def load(path: str | Path, dtype: str | torch.dtype | None = None) -> Model:
+def load(
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    language_model: str | Path | None = None,
+    vision: str | Path | None = None,
+    **options: Any,
+) -> Model:
     """Load a directory with ``config.json`` and safetensors (single or sharded) or ``pytorch_model*.bin`` files.
 
-    A name that is no directory is taken as a Hugging Face hub id. `dtype` converts the weights (a copy); by default
-    they stay as stored, mapped from the files. Raises CheckpointError (missing or foreign files; missing, unexpected or
-    mis-shaped keys, all listed) or ValueError (a config value that is not supported).
+    A name that is neither file nor directory is taken as a Hugging Face hub id. `dtype` converts the weights (a copy);
+    by default they stay as stored, mapped from the files. Where a checkpoint holds only what was trained, it may be a
+    file or a directory without config.json, and `language_model` and `vision` are where the rest lies: directories (or
+    hub ids) with config.json and weights; `vision` may be a file. Further options belong to the family.
+
+    Raises CheckpointError (missing or foreign files; missing, unexpected or mis-shaped keys, all listed) or ValueError
+    (a config value or an option that is not supported).
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        directory = _download(str(path))
-    raw = _read_json(directory / "config.json")
-    family = family_of(raw)
-    config = family.parse_config(raw)
+    arguments = {"path": path, "dtype": dtype, "language_model": language_model, "vision": vision, **options}
+    found = {
+        name: read_weights(_place(str(place)))
+        for name, place in (("checkpoint", path), ("language_model", language_model), ("vision", vision))
+        if place is not None
+    }
+    checkpoint = found["checkpoint"]
+    family = family_of(checkpoint.config) if checkpoint.config else _family_by_keys(checkpoint)
+    parts = (found.get("language_model"), found.get("vision"))
+    if family.assemble is not None:
+        given = family.assemble(checkpoint, *parts, options)
+    elif options or any(parts):
+        wrong = ", ".join([n for n in found if n != "checkpoint"] + sorted(options))
+        raise ValueError(f"{wrong}: checkpoints of the family {family.name} are complete and take no such option")
+    else:
+        given = Assembled(checkpoint.config or {}, checkpoint.tensors, checkpoint.files, {"": checkpoint.path})
+    config = family.parse_config(given.config)
     with torch.device("meta"):
         module = family.build(config)
-    _assign(family, config, module, _read_weights(directory), directory)
+    _assign(family, config, module, given, checkpoint.path)
     module.eval().requires_grad_(False)
     if dtype is not None:
         _convert(module, _dtype(dtype))
-    return Model(family, config, raw, module, directory)
+    directory = checkpoint.path if checkpoint.config else None
+    return Model(family, config, given.config, module, directory, tokenizer=given.tokenizer, arguments=arguments)
+
+
+def _family_by_keys(weights: Weights) -> Family:
+    """The family of weights that have no config.json beside them."""
+    for f in families():
+        if f.weight_key is not None and any(re.search(f.weight_key, k) for k in weights.tensors):
+            return f
+    where = weights.path / "config.json" if weights.path.is_dir() else weights.path
+    raise CheckpointError(f"{where}: not found, and the keys of the weights are of no family that goes without it")
 
 
 def from_config(
@@ -85,7 +119,7 @@ def from_config(
     `dtype` is by default the config's torch_dtype, or float32. Without `random` the weights are shapes only: they can
     be traced, optimized and inspected, not run.
     """
-    raw = name if isinstance(name, dict) else _read_json(_config_file(name))
+    raw = name if isinstance(name, dict) else read_json(_config_file(name))
     family = family_of(raw)
     config = family.parse_config(raw)
     kind = _dtype(raw.get("torch_dtype") or "float32" if dtype is None else dtype)
@@ -123,6 +157,9 @@ def _config_file(name: str | Path) -> Path:
 
 def _random(key: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Weights of plausible size: activations stay near 1, gains near 1, nothing exactly 0 or 1."""
+    if shape.numel() == 1:  # a gate: open, or what it guards would go unseen
+        value = torch.rand(shape, generator=generator) * 1.8 - 0.9
+        return (value + 0.4 * value.sign()).to(dtype)
     if len(shape) == 1:
         centre = 1.0 if key == "weight" else 0.0
         return (centre + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
@@ -137,13 +174,16 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return kind
 
 
-def _download(name: str) -> Path:
+def _place(name: str) -> Path:
+    """A file or directory; a name that is neither is downloaded from the hub."""
+    if Path(name).exists():
+        return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise CheckpointError(f"{name}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "open_clip_*", "checkpoint.pt", "tokenizer.model"]
     try:
         directory = Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
@@ -151,85 +191,37 @@ def _download(name: str) -> Path:
     return directory
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json and its weights")
-    try:
-        read = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(read, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(read).__name__}")
-    return read
+def _assign(family: Family, config: Any, module: nn.Module, given: Assembled, path: Path) -> None:
+    tensors = dict(given.tensors)
 
+    def where(key: str) -> str:
+        if len(given.homes) == 1:
+            return ""
+        home = next((p for prefix, p in given.homes.items() if re.match(prefix, key)), path)
+        return f" in {given.files.get(key, home)}"
 
-def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the directory by key. Nothing is read until it is used: the files are memory-mapped."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (directory / index).is_file():
-            weight_map = _read_json(directory / index).get("weight_map") or {}
-            files = sorted(set(weight_map.values()))
-            missing = [f for f in files if not (directory / f).is_file()]
-            if missing or not files:
-                raise CheckpointError(f"{directory / index}: names shards that are not there: {', '.join(missing)}")
-            tensors: dict[str, torch.Tensor] = {}
-            for f in files:
-                tensors |= _read_file(directory / f)
-            absent = sorted(set(weight_map) - set(tensors))
-            if absent:
-                raise CheckpointError(f"{directory / index}: its shards lack {', '.join(absent)}")
-            return tensors
-        if (directory / single).is_file():
-            return _read_file(directory / single)
-    for single in ("full_state_dict.safetensors", "checkpoint.pt"):
-        if (directory / single).is_file():
-            return _read_file(directory / single)
-    raise CheckpointError(
-        f"{directory}: no weights; expected model.safetensors, pytorch_model.bin, an index file of shards, "
-        "full_state_dict.safetensors or checkpoint.pt"
-    )
-
-
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        read = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as e:  # each reader has its own error types; the file's name must be in the message
-        raise CheckpointError(f"{path}: cannot be read as weights ({type(e).__name__}: {e})") from e
-    if not isinstance(read, dict) or not all(isinstance(v, torch.Tensor) for v in read.values()):
-        raise CheckpointError(f"{path}: expected tensors by name, as a state dict is saved, found other values")
-    return read
-
-
-def _assign(family: Family, config: Any, module: nn.Module, tensors: dict, directory: Path) -> None:
     expected = dict(module.state_dict())
     derived = {k: tensors.pop(k) for k in list(tensors) if k not in expected and re.search(family.derived, k)}
-    problems = [f"derived {k}: {why}" for k, v in derived.items() if (why := family.check_derived(config, k, v))]
+    problems = list(given.problems)
+    problems += [f"derived {k}: {why}" for k, v in derived.items() if (why := family.check_derived(config, k, v))]
     tied = _tied(module)
     for k, names in tied.items():  # one tensor under several names: any of them will do
-        given = next((tensors[n] for n in names if n in tensors), None)
-        if k not in tensors and given is not None:
-            tensors[k] = given
-    problems += [f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors]
-    problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in expected]
+        held = next((tensors[n] for n in names if n in tensors), None)
+        if k not in tensors and held is not None:
+            tensors[k] = held
+    problems += [f"missing {k} {tuple(v.shape)}{where(k)}" for k, v in expected.items() if k not in tensors]
+    problems += [f"unexpected {k} {tuple(v.shape)}{where(k)}" for k, v in tensors.items() if k not in expected]
     for k, v in tensors.items():
         if k in expected and v.shape != expected[k].shape:
-            problems.append(f"{k}: expected shape {tuple(expected[k].shape)}, found {tuple(v.shape)}")
+            problems.append(f"{k}{where(k)}: expected shape {tuple(expected[k].shape)}, found {tuple(v.shape)}")
         elif not v.is_floating_point():
-            problems.append(f"{k}: expected float32, float16 or bfloat16, found {v.dtype}")
+            problems.append(f"{k}{where(k)}: expected float32, float16 or bfloat16, found {v.dtype}")
     if problems:
         shown = "\n  ".join(problems[:200]) + (f"\n  and {len(problems) - 200} more" if len(problems) > 200 else "")
-        raise CheckpointError(f"{directory}: the weights do not fit config.json:\n  {shown}")
+        raise CheckpointError(f"{path}: the weights do not fit config.json:\n  {shown}")
     kinds = {v.dtype for v in tensors.values()}
-    if len(kinds) > 1:  # mixed files (norms kept in float32, say): compute in the widest, as promotion would
-        wide = torch.float32 if torch.float32 in kinds or len(kinds) > 1 else kinds.pop()
-        tensors = {k: v.to(wide) for k, v in tensors.items()}
+    if len(kinds) > 1:  # mixed files (norms kept in float32, say): compute in float32, as promotion would
+        tensors = {k: v.to(torch.float32) for k, v in tensors.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     if tied:
         module.tie_weights()

@@ -74,6 +74,9 @@ class Family:
     cases: Cases
     cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
+    weight_key: str | None = None  # regular expression: a key of weights that come without a config.json
+    # checkpoint, language model and vision tower as they lie on disk, options of load -> mmopt.files.Assembled
+    assemble: Callable[[Any, Any, Any, dict], Any] | None = None
 
 
 def families() -> list[Family]:

@@ -77,7 +77,6 @@ def test_plain_model_equals_reference(model, name):
         )
 
 
-@pytest.mark.skip(reason="option of load to come")
 def test_ln_post_is_an_option():
     case = load_file(DATA / "single.safetensors")
     model = mmopt.load(DATA, ln_post=True)

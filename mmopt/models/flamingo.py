@@ -17,9 +17,7 @@ from mmopt import ops
 from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec, read_config
 from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._decoders import ACTIVATIONS, Decoder
-
-IMAGE_MARKER = "<image>"
-END_OF_CHUNK = "<|endofchunk|>"
+from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ def parse_config(raw: dict) -> Config:
         wrong.append("model.vision: image_size must be a multiple of patch_size, and width of heads")
     if vision.act not in ACTIVATIONS:
         wrong.append(f"model.vision.act is {vision.act!r}, expected one of {', '.join(ACTIVATIONS)}")
-    every = m.get("cross_attn_every_n_layers", 1)
-    layers = tuple(raw.get("gated_layer_indices", range(every - 1, decoder.num_hidden_layers, every)))
+    n, every = decoder.num_hidden_layers, m.get("cross_attn_every_n_layers", 1)
+    layers = tuple(raw.get("gated_layer_indices") or m.get("gated_layer_indices") or range(every - 1, n, every))
     if not layers or not all(0 <= i < decoder.num_hidden_layers for i in layers):
         wrong.append(f"gated_layer_indices is {layers}, expected some of 0 to {decoder.num_hidden_layers - 1}")
     for name in ("eoc_token_id", "media_token_id"):
@@ -399,13 +397,15 @@ FAMILY = Family(
     parse_config=parse_config,
     build=Flamingo,
     stages=stages,
-    derived=r"attention\.bias$|attention\.masked_bias$|rotary_emb\.inv_freq$|vision_encoder\.proj$",
+    derived=r"attention\.bias$|attention\.masked_bias$|rotary_emb\.inv_freq$|decoder\.version$|vision_encoder\.proj$",
     check_derived=lambda config, name, value: None,
     image_id=lambda config: config.media_token_id,
-    image_marker=IMAGE_MARKER,
+    image_marker=IMAGE,
     image_processing=image_processing,
-    chat={"user": "", "assistant": "", "separator": "", "end": END_OF_CHUNK, "image": IMAGE_MARKER},
+    chat={"user": "", "assistant": "", "separator": "", "end": END_OF_CHUNK, "image": IMAGE},
     cases=Cases(VISION_TAPS, {}, {}, atol=1e-4, rtol=1e-4),
     cross=lambda c: Cross(blocks=1, rows=c.perceiver.num_latents, width=c.vision.width, reset=True),
     recognises=lambda raw: isinstance(raw.get("model"), dict) and "perceiver" in raw["model"],
+    weight_key=r"^(module\.)*(perceiver\.latents$|lang_encoder\..*gated_cross_attn_layer)",
+    assemble=assemble,
 )

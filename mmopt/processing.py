@@ -21,7 +21,7 @@ DOWNLOAD_LIMIT = 64 * 2**20  # bytes
 # A long thin image becomes a huge square (or strip) before the final resize: 2**28 pixels are 0.8 GB of RGB.
 PIXEL_LIMIT = 2**28
 
-IMAGE_MODES = ("resize", "pad", "plain")
+IMAGE_MODES = ("resize", "pad", "plain", "squash")
 RESAMPLE_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -131,6 +131,7 @@ class ImageProcessor:
         "resize": squash to a square whose side is the longer edge.
         "pad": paste in the middle of a square whose side is the longer edge, filled with the mean colour.
         "plain": keep the middle square; the rest is cut off.
+        "squash": as "resize", but straight to the size of the model.
     resample: "nearest", "bilinear", "bicubic" or "lanczos".
 
     The arithmetic, with its rounding, is that of CLIPImageProcessor in transformers 4.31.
@@ -178,6 +179,8 @@ class ImageProcessor:
             background.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
             image = background
 
+        if self.mode == "squash":
+            image = image.resize((self.size, self.size), resample)
         shortest = min(image.size)
         width = int(self.size * image.width / shortest)
         height = int(self.size * image.height / shortest)

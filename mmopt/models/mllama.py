@@ -75,6 +75,11 @@ def parse_config(raw: dict) -> Config:
         wrong.append(f"vision_config.image_size {v.image_size} must be a multiple of patch_size {v.patch_size}")
     if v.hidden_size % v.attention_heads:
         wrong.append(f"vision_config.hidden_size {v.hidden_size} must divide into {v.attention_heads} attention_heads")
+    if any(h * w > v.max_num_tiles for h, w in v.supported_aspect_ratios):
+        wrong.append(
+            f"vision_config.supported_aspect_ratios {v.supported_aspect_ratios} must have at most max_num_tiles "
+            f"{v.max_num_tiles} tiles each"
+        )
     chosen = v.intermediate_layers_indices
     if v.vision_output_dim != v.hidden_size * (1 + len(chosen)):
         wrong.append(
@@ -215,6 +220,7 @@ def image_processing(config: Config, preprocessor: dict) -> dict:
         "size": size,
         "mean": preprocessor.get("image_mean", [0.5, 0.5, 0.5]),
         "std": preprocessor.get("image_std", [0.5, 0.5, 0.5]),
+        "ratios": [list(r) for r in config.vision.supported_aspect_ratios],
         "tiles": tiles,
         "resample": {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[preprocessor.get("resample", 2)],
     }

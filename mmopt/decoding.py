@@ -122,6 +122,7 @@ class Decoder:
             if apart & {rename.get(k, k) for k in stage["inputs"]}:
                 apart |= {rename.get(k, k) for k in stage["outputs"]}
                 self._look_calls.append(c)
+        self.pixels = next(s["inputs"]["pixel_values"] for s in facts["stages"].values() if "pixel_values" in s["inputs"])
         self._encode_calls = [c for c in calls if c not in self._look_calls]
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
         known = {"visual", "text", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}

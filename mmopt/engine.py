@@ -15,10 +15,11 @@ from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
 from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
-from mmopt.processing import ChatTemplate, ImageProcessor, TextProcessor
+from mmopt.processing import ChatTemplate, TextProcessor
 from mmopt.sampling import Answer, Completion, Request
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
 from mmopt.store import Store
+from mmopt.tiling import processor_of
 from mmopt.view import Image
 
 __all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Run", "Stream", "available_providers"]
@@ -51,7 +52,7 @@ class Engine:
         self.threads = threads or default_threads()
         processing = facts["processing"]
         with _engine_errors(f"{self.directory / 'program.json'}: "):
-            self.image_processor = ImageProcessor.from_json(processing["image"])
+            self.image_processor = processor_of(processing["image"])
             self.template = ChatTemplate.from_json(processing["chat"])
         self._text = self._read_tokenizer(processing.get("tokenizer"))
         self.decoder = Decoder(self.directory, facts, self.provider, self.threads)
@@ -130,15 +131,26 @@ class Engine:
         """A prefix from a file. EngineError if it cannot be read or was made for another engine."""
         return read(path, self.decoder, self.fingerprint)
 
-    def encode_images(self, images: Any) -> Tensor:
-        """Image rows ``[N, rows, hidden]`` of a list of images or of pixel_values ``[N, 3, H, W]`` (floats)."""
-        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
-            size = self.image_processor.size
-            if images.shape[1:] != (3, size, size):
-                raise EngineError(f"pixel_values have shape {images.shape}, expected (N, 3, {size}, {size})")
-            return self.decoder.encode(images)
+    def encode_images(self, images: Any, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
+        """Image rows ``[N, rows, hidden]`` of a list of images or of pixel_values ``[N, 3, H, W]`` (floats).
+
+        Where images lie outside the text they are ``[N, blocks, rows, width]``. `inputs`: what the image stages take
+        beside pixel_values.
+        """
+        if not (isinstance(images, np.ndarray) and images.ndim >= 4 and images.dtype != np.uint8):
+            images, inputs, _ = self._pixels(images)
+        expected = tuple(self.decoder.pixels["shape"][1:])
+        if images.shape[1:] != expected:
+            raise EngineError(f"pixel_values have shape {images.shape}, expected (N, {', '.join(map(str, expected))})")
+        return self.decoder.encode(images, inputs)
+
+    def _pixels(self, images: Sequence[Any]) -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
+        """(pixel_values, what the image stages take beside them, tiles of each image that count or None)."""
         with _engine_errors():
-            return self.decoder.encode(self.image_processor(images))
+            made = self.image_processor(images)
+        inputs = dict(made) if isinstance(made, dict) else {"pixel_values": made}
+        tiles = inputs.pop("tiles", None)
+        return inputs.pop("pixel_values"), inputs, tiles
 
     # ------------------------------------------------------------------------------------ for checks and measurement
     def run_ids(
@@ -169,7 +181,7 @@ class Engine:
         if forced is not None and np.shape(forced) != (len(prompts), max_new_tokens):
             raise EngineError(f"forced has shape {np.shape(forced)}, expected ({len(prompts)}, {max_new_tokens})")
         if image_rows is None and pixel_values is not None:
-            image_rows = self.decoder.encode(np.asarray(pixel_values), image_inputs)
+            image_rows = self.encode_images(np.asarray(pixel_values), image_inputs)
         if image_rows is not None and not isinstance(image_rows, Tensor):
             image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
         eos = frozenset(() if ignore_eos or forced is not None else self.info["eos_ids"])
@@ -241,17 +253,16 @@ class Engine:
         """Images made ready for the language model, and the hashes of their pixels; what was encoded before is kept."""
         if not len(images):
             return [], []
-        with _engine_errors():
-            arrays = self.image_processor(images)
-        inputs = arrays if isinstance(arrays, dict) else {"pixel_values": arrays}
-        tiles = inputs.pop("tiles", None)
-        pixels, made, keys = inputs.pop("pixel_values"), [], []
+        pixels, inputs, tiles = self._pixels(images)
+        made, keys = [], []
         for i in range(len(pixels)):
-            digest = hashlib.blake2b(np.ascontiguousarray(pixels[i]), digest_size=20)
+            own = {k: x[i : i + 1] for k, x in inputs.items()}
+            digest = hashlib.blake2b(digest_size=20)
+            for x in (pixels[i], *own.values()):
+                digest.update(np.ascontiguousarray(x))
             keys.append(digest.hexdigest())
             image = self.store.get(("image", keys[-1]))
             if image is None:
-                own = {k: x[i : i + 1] for k, x in inputs.items()}
                 rows = self.decoder.encode(pixels[i : i + 1], own)
                 image = self.decoder.image(rows, int(tiles[i]) if tiles is not None else None)
                 self.store.put(("image", keys[-1]), image, image.nbytes)

@@ -86,6 +86,8 @@ class FuseCrossAttention(Pass):
             report.did(f"{stage}: {attentions} attentions written out became one operator each")
         if gates:
             report.did(f"{stage}: {gates} gates moved into the weights of their projections")
+        if not (attentions or gates or any(n.target is CROSS_ATTENTION for n in graph.nodes)):
+            report.skip(stage, "no attention over images outside the text, none written out, no gates")
         return made if attentions or gates else graph
 
 

@@ -332,9 +332,9 @@ def test_leading_text_is_read_once(directories, monkeypatch):
     calls = []
     bind = Decoder.bind_language
 
-    def spy(self, visual, text, *rest):
-        calls.append((visual.shape[1], text.shape[1]))
-        return bind(self, visual, text, *rest)
+    def spy(self, images, text, *rest):
+        calls.append((images["visual"].shape[1], text.shape[1]))
+        return bind(self, images, text, *rest)
 
     monkeypatch.setattr(Decoder, "bind_language", spy)
     first = engine.generate("what", images=[picture(1)], max_new_tokens=1, logprobs=True)
@@ -450,13 +450,13 @@ class Fed:
         self.rows, self.images = 0, 0
         bind, encode = Decoder.bind_language, Decoder.encode
 
-        def count_rows(decoder, visual, text, *rest):
-            self.rows += visual.shape[1] + text.shape[1]
-            return bind(decoder, visual, text, *rest)
+        def count_rows(decoder, images, text, *rest):
+            self.rows += images["visual"].shape[1] + text.shape[1]
+            return bind(decoder, images, text, *rest)
 
-        def count_images(decoder, pixel_values):
+        def count_images(decoder, pixel_values, *more):
             self.images += len(pixel_values)
-            return encode(decoder, pixel_values)
+            return encode(decoder, pixel_values, *more)
 
         monkeypatch.setattr(Decoder, "bind_language", count_rows)
         monkeypatch.setattr(Decoder, "encode", count_images)

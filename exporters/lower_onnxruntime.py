@@ -71,7 +71,10 @@ def attend(
     """Attention on names of flat rows; `mask` ``[S, 1, 1 or rows, keys]``."""
     if mask is None and heads == kv_heads:
         return e.op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale)
-    masks = [] if mask is None else [mask]
+    masks = []
+    if mask is not None:  # one row for all queries is refused: it must be there for each
+        rows = e.op("Concat", e.ints([1, 1]), e.op("Shape", q, start=1, end=2), e.ints([1]), axis=0)
+        masks = [e.op("Expand", mask, rows)]
     return e.op("Attention", q, k, v, *masks, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
 
 

@@ -146,7 +146,7 @@ def _write(
     files = store.write(directory / FILE, header, tell)
     if linked:
         files["linked"] = [{"file": f, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for f, p in linked.items()]
-    left_out = ("torch_dtype", "dtype", "processing", "directory")
+    left_out = ("torch_dtype", "dtype", "processing", "directory", "tokenizer")
     facts = {
         "schema": SCHEMA,
         "mmopt": _version("mmopt"),
@@ -160,7 +160,7 @@ def _write(
             k: {"shape": list(shape), "dtype": _name(store.exported(d))} for k, (shape, d) in program.state.items()
         },
         "weights": files,
-        "processing": {**program.info.get("processing", {}), "tokenizer": _tokenizer(checkpoint, directory)},
+        "processing": {**program.info.get("processing", {}), "tokenizer": _tokenizer(program.info, directory)},
     }
     return facts, linked
 
@@ -225,12 +225,15 @@ def _save(directory: Path, facts: dict[str, Any]) -> None:
     (directory / "program.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _tokenizer(checkpoint: str | None, directory: Path) -> str | None:
-    """Copy tokenizer.json, or convert tokenizer.model and prove that both give the same ids."""
-    if checkpoint is None:
-        return None
-    ready, model = Path(checkpoint) / "tokenizer.json", Path(checkpoint) / "tokenizer.model"
+def _tokenizer(info: dict[str, Any], directory: Path) -> str | None:
+    """Write or copy tokenizer.json, or convert tokenizer.model and prove that both give the same ids."""
     made = directory / "tokenizer.json"
+    if info.get("tokenizer"):
+        made.write_text(info["tokenizer"])
+        return made.name
+    if info.get("directory") is None:
+        return None
+    ready, model = Path(info["directory"]) / "tokenizer.json", Path(info["directory"]) / "tokenizer.model"
     if ready.is_file():
         shutil.copyfile(ready, made)
     elif model.is_file():

@@ -201,11 +201,11 @@ class _Bench:
 def _in_dtype(model: Model, dtype: torch.dtype) -> Model:
     if model.dtype == dtype:
         return model
-    if model.directory is None:
+    if not model.arguments:
         raise ValueError(
             f"the model has weights of {model.dtype}, expected {dtype} on this device: make it with that dtype"
         )
-    return load(model.directory, dtype)
+    return load(**{**model.arguments, "dtype": dtype})
 
 
 # ------------------------------------------------------------------------------------------------------- the variants

@@ -102,6 +102,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "torch_dtype": model.dtype,
         "processing": model.processing,
         "directory": str(model.directory) if model.directory else None,
+        "tokenizer": model.tokenizer,
     }
     return Program(traced, schedule, weights, state, info, model.has_weights).drop_unused()
 

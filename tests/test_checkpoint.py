@@ -244,7 +244,7 @@ def test_foreign_directories(tmp_path):
 def test_unknown_names_of_configs():
     with pytest.raises(CheckpointError, match="neither a file nor one of mplug-owl2-7b, mplug-owl2-mid"):
         from_config("gigantic")
-    assert shipped_configs() == ["mplug-owl2-7b", "mplug-owl2-mid", "mplug-owl2-tiny"]
+    assert {"mplug-owl2-7b", "mplug-owl2-mid", "mplug-owl2-tiny"} <= set(shipped_configs())
 
 
 def test_truncated_files(tmp_path):

@@ -162,6 +162,12 @@ def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: 
     return mask
 
 
+def for_each_query(e: Emitter, mask: str, q: str) -> str:
+    """A mask ``[S, 1, 1 or rows, keys]`` with a row for each of the flat query rows: ONNX Runtime refuses fewer."""
+    rows = e.op("Concat", e.ints([1, 1]), e.op("Shape", q, start=1, end=2), e.ints([1]), axis=0)
+    return e.op("Expand", mask, rows)
+
+
 def heads_of(e: Emitter, x: Node, heads: int) -> str:
     """[B, rows, heads * d] -> [B, heads, rows, d]"""
     return heads_first(e, e.value(x), heads, int(shape_of(x)[-1]) // heads)

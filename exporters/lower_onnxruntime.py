@@ -22,6 +22,7 @@ from mmopt.exporters.lower import (
     cached_attention_args,
     column_of_heads,
     cross_attention,
+    for_each_query,
     scattered_attention,
     segment_attention,
 )
@@ -47,9 +48,7 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
     longest = e.cast(e.op("ReduceMax", total, keepdims=0), torch.int64, torch.int32)
     ins = [e.value(x) for x in (q, k, v, key_cache, value_cache)]
     more: list[str] = []
-    if (
-        slopes is not None
-    ):  # a bias [1, heads, rows, slots], the same for all rows
+    if slopes is not None:  # a bias [1, heads, rows, slots], the same for all rows
         kind = e.dtype(q)
         place = e.cast(e.op("Range", e.number(0, torch.int32), longest, e.number(1, torch.int32)), torch.int32, kind)
         bias = e.op("Mul", column_of_heads(e, slopes), place)
@@ -71,10 +70,7 @@ def attend(
     """Attention on names of flat rows; `mask` ``[S, 1, 1 or rows, keys]``."""
     if mask is None and heads == kv_heads:
         return e.op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale)
-    masks = []
-    if mask is not None:  # one row for all queries is refused: it must be there for each
-        rows = e.op("Concat", e.ints([1, 1]), e.op("Shape", q, start=1, end=2), e.ints([1]), axis=0)
-        masks = [e.op("Expand", mask, rows)]
+    masks = [] if mask is None else [for_each_query(e, mask, q)]
     return e.op("Attention", q, k, v, *masks, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
 
 

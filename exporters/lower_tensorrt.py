@@ -14,6 +14,7 @@ from mmopt.exporters.lower import (
     attention_mask,
     cross_attention,
     flat,
+    for_each_query,
     heads_first,
     scattered_attention,
     segment_attention,
@@ -35,7 +36,8 @@ def attend(
     """Attention on names of flat rows; `mask` ``[S, 1, 1 or rows, keys]``."""
     d = width // heads
     ins = [heads_first(e, q, heads, d), heads_first(e, k, kv_heads, d), heads_first(e, v, kv_heads, d)]
-    return flat(e, e.op("Attention", *ins, *([] if mask is None else [mask]), scale=scale), width)
+    masks = [] if mask is None else [for_each_query(e, mask, q)]
+    return flat(e, e.op("Attention", *ins, *masks, scale=scale), width)
 
 
 def linear(e: Emitter, n: Node) -> str:

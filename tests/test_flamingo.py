@@ -120,6 +120,20 @@ LIBRARY = {
     "llama grouped": {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "opt": {**SIZES, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
 }
+PROGRAMS = {
+    "gpt_neox": {**SIZES, "vocab_size": 300, "intermediate_size": 96, "rotary_pct": 0.5},
+    "mpt": {"vocab_size": 300, "d_model": 48, "n_layers": 2, "n_heads": 6},
+    "mosaic_gpt": {
+        "vocab_size": 300,
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "attn_qk_ln": True,
+        "attn_clip_qkv": 2,
+    },
+    "llama": {**SIZES, "vocab_size": 300, "intermediate_size": 96, "num_key_value_heads": 2},
+    "opt": {**SIZES, "vocab_size": 300, "ffn_dim": 96},
+}
 
 
 def library_model(kind: str, options: dict, seed: int = 0):
@@ -215,3 +229,27 @@ def test_language_models_that_are_not_supported_are_refused(kind, change, messag
     base = LIBRARY.get(kind, SIZES)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_decoder_config(kind, base | change, "lm")
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_program_before_and_after_the_passes_equals_the_plain_model(kind):
+    """Every language model, at two images and none: greedy steps on a cache against whole sequences."""
+    raw = json.loads((DATA / "config.json").read_text())
+    raw["model"]["lm"], raw["gated_layer_indices"] = {"type": kind, "hf_config": PROGRAMS[kind]}, [0, 1]
+    model = mmopt.from_config(raw, random=True)
+    m, marker = model.module, model.image_id
+    program = mmopt.trace(model, batch=2, images=2, context=32)
+    optimized = mmopt.optimize(program).program
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    prompts = [[7, marker, 4, 5, marker, 6, 8], [9, 3, 11]]
+    made = program(prompts, pixels, max_new_tokens=4, ignore_eos=True)
+    again = optimized(prompts, pixels, max_new_tokens=4, ignore_eos=True)
+    rows = m.encode_images(pixels)
+    for b, (prompt, count) in enumerate(zip(prompts, (2, 0), strict=True)):
+        ids = torch.tensor([prompt + list(made["tokens"][b][:3])])
+        media = rows[:count].flatten(0, 1)[None] if count else torch.zeros(1, 1, *rows.shape[2:])
+        seen, attends = sight(ids, marker, media.shape[1])
+        logits = m(m.lang_encoder.embedding(ids), media, seen, attends)[0]
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == list(made["tokens"][b]) == list(again["tokens"][b])
+        for run in (made, again):
+            torch.testing.assert_close(run["logits"][b, -1], logits[-1], atol=1e-4, rtol=1e-4)

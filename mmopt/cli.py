@@ -39,6 +39,10 @@ ContextOption = Annotated[
     typer.Option(help="Rows of one sequence (prompt, images, answer), at most. [default: 512 or less]", min=1),
 ]
 DtypeOption = Annotated[Optional[str], typer.Option(help="float32, float16 or bfloat16. [default: as stored]")]
+ShotsOption = Annotated[
+    Optional[int],
+    typer.Option(help="A few-shot prompt of so many examples and a query, 20 rows of text and an image each.", min=0),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -78,6 +82,7 @@ def inspect(
     optimized: Annotated[bool, typer.Option("--optimized", help="After the exact passes.")] = False,
     batch: BatchOption = 1,
     images: ImagesOption = 1,
+    shots: ShotsOption = None,
     context: ContextOption = None,
     dtype: DtypeOption = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
@@ -88,6 +93,11 @@ def inspect(
 
     with progress("inspecting") as now:
         now("tracing")
+        if shots is not None:
+            from mmopt.inspection import SHOT
+
+            images = shots + 1
+            context = SHOT * images + 64 if context is None else context
         program = mmopt.trace(get_model(checkpoint, config, dtype), batch, images, context)
         reports: list = []
         if optimized:

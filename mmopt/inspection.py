@@ -17,8 +17,10 @@ from mmopt.graph import (
     ATTENTION,
     CACHED_ATTENTION,
     CONV2D,
+    CROSS_ATTENTION,
     EMBEDDING,
     LINEAR,
+    SEGMENT_ATTENTION,
     SLICE,
     aten,
     is_const,
@@ -28,10 +30,12 @@ from mmopt.graph import (
 from mmopt.planning import Chunk, plan
 from mmopt.program import Call, Loop, Program, Stage, live_constants
 from mmopt.rewriting import Report
+from mmopt.sight import Sight, segments
 from mmopt.text import op_name, program_text
 
 MATMULS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 LEADING, TEXT = 8, 63  # text rows of the typical prompt before its images, and in all
+SHOT = 20  # text rows of each image, its marker among them, where images lie outside the text
 
 CONVENTIONS = (
     "A multiply-add is 2 FLOPs; linear, convolution and attention products are counted, nothing else.",
@@ -41,6 +45,8 @@ CONVENTIONS = (
     "What depends on weights alone is computed before run time: 0 FLOPs, and the bytes of the result that is read.",
     "flops, weight_bytes and cache_bytes are those of one trip of a call; totals per token are those of the first new "
     "token, right after the prompt, for one sample of the batch.",
+    "Rows of images outside the text are read whole where a mask chooses among them, else only by those that see them; "
+    "they are counted as cache rows.",
     "decode_bytes_per_token are weights alone; cache rows read stand in decode_cache_bytes_per_token.",
 )
 
@@ -92,6 +98,8 @@ def count_work(stage: Stage, sizes: dict[str, int], past: int = 0) -> Work:
         work.flops += flops
         if "attention" in op_name(n):
             work.attention_flops += flops
+        if n.target is SEGMENT_ATTENTION or (n.target is CROSS_ATTENTION and n.args[1].op == "placeholder"):  # type: ignore[union-attr]
+            work.cache_bytes += sum(of.count(x) * x.meta["dtype"].itemsize for x in n.args[1:3])  # type: ignore[union-attr,misc,arg-type]
         if n.target is CACHED_ATTENTION:
             batch, kv_heads, _, head_dim = of.shape(n.args[3])  # type: ignore[arg-type]
             seen = past + of.shape(n.args[0])[1]  # type: ignore[arg-type]
@@ -111,6 +119,12 @@ def _flops(n: Node, of: Sizes, past: int) -> int:
     if op is CACHED_ATTENTION:
         batch, rows, width = of.shape(args[0])  # type: ignore[arg-type]
         return 4 * batch * width * (rows * past + rows * (rows + 1) // 2)
+    if op is CROSS_ATTENTION:
+        (batch, rows, width), (_, blocks, keys, _) = of.shape(args[0]), of.shape(args[1])  # type: ignore[arg-type]
+        return 4 * batch * width * rows * blocks * keys
+    if op is SEGMENT_ATTENTION:
+        (count, keys, _), length = of.shape(args[1]), of.shape(args[3])[1]  # type: ignore[arg-type]
+        return 4 * count * length * keys * of.shape(args[0])[2]  # type: ignore[arg-type]
     if op is ATTENTION:
         (batch, rows, width), keys = of.shape(args[0]), of.shape(args[1])[1]  # type: ignore[arg-type]
         causal = len(args) > 6 and args[6]
@@ -137,8 +151,13 @@ def _bytes_read(constant: Node, of: Sizes) -> int:
 def typical_prompt(info: dict[str, Any], images: int, leading: int = LEADING, text: int = TEXT) -> list[int]:
     """Ids of a prompt: `leading` text rows, `images` images, then text; `text` rows in all, fewer in a small context.
 
+    Where images lie outside the text each is a marker and 19 rows of text, as in few-shot prompts.
     Raises ValueError if the images do not fit into the context.
     """
+    if info.get("cross") and images:
+        if SHOT * images > info["context"]:
+            raise ValueError(f"{images} images with {SHOT} rows of text each do not fit a context of {info['context']}")
+        return ([info["image_id"]] + [0] * (SHOT - 1)) * images
     room = info["context"] - images * info["rows_per_image"]
     if room < 1:
         taken = images * info["rows_per_image"]
@@ -170,7 +189,7 @@ def inspect(
     calls = _calls(program, info, chunks, rows, new_tokens)
     return {
         **{k: info[k] for k in ("family", "dtype", "batch", "images", "context")},
-        "prompt": {"rows": rows, "text_rows": rows - info["images"] * info["rows_per_image"], "chunks": len(chunks)},
+        "prompt": {"rows": rows, "text_rows": _text_rows(info, rows), "chunks": len(chunks)},
         "conventions": [*CONVENTIONS, _prompt_text(info, prompt, rows)],
         "schedule": program_text(dataclasses.replace(program, stages={})).rstrip(),
         "stages": {name: _stage(stage) for name, stage in program.stages.items()},
@@ -180,9 +199,17 @@ def inspect(
     }
 
 
+def _text_rows(info: dict[str, Any], rows: int) -> int:
+    return rows if info.get("cross") else rows - info["images"] * info["rows_per_image"]
+
+
 def _prompt_text(info: dict[str, Any], prompt: list[int], rows: int) -> str:
     leading = next((i for i, t in enumerate(prompt) if t == info["image_id"]), 0)
     n = info["images"]
+    if info.get("cross") and n:
+        return (
+            f"The prompt of each sample: {n} images, each with {SHOT} rows of text, its marker among them; {rows} rows."
+        )
     images = f"{leading} rows of text, {n} x {info['rows_per_image']} rows of images, " if n else ""
     return f"The prompt of each sample: {images}{len(prompt) - leading - n} rows of text; {rows} rows in all."
 
@@ -206,6 +233,17 @@ def _sorted(names: Iterable[str]) -> dict[str, int]:
 def _calls(program: Program, info: dict, chunks: list[Chunk], past: int, new_tokens: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     batch, image_rows, phase = info["batch"], info["rows_per_image"], "encode"
+    cross = info.get("cross")
+    blocks = max(1, info["images"]) * cross["blocks"] if cross else 0
+
+    def seen(sight: Sight | None, ids: Sequence[int] = ()) -> dict[str, int]:
+        """Sizes of the segments of one sample's prompt, or of one further token of each sample."""
+        if sight is None:
+            return {}
+        rows = [sight.read(ids)] if ids else [[sight.now]] * batch
+        chosen = segments(rows, cross["rows"])
+        most = max(1, *(len(b) for _, b in chosen.blocks))
+        return {"S": len(chosen.blocks), "L": chosen.segment_rows.shape[1], "K": most * cross["rows"], "nb": blocks}
 
     def add(body: Iterable[Call], trips: int, sizes: dict[str, int], rows_before: int) -> None:
         for c in body:
@@ -216,16 +254,18 @@ def _calls(program: Program, info: dict, chunks: list[Chunk], past: int, new_tok
     for item in program.schedule:
         if isinstance(item, Call):
             if info["images"] or phase != "encode":
-                add([item], 1, {"N": batch * info["images"], "B": batch}, 0)
+                add([item], 1, {"N": batch * info["images"], "B": batch, "nb": blocks}, 0)
         elif item.over:
             phase, before = "prefill", 0
+            sight = Sight(info, info["images"]) if cross else None
             for c in (c for c in chunks if c.sample == 0):
-                sizes = {"B": 1, "nv": len(c.images) * image_rows, "nt": len(c.ids), "n": 1}
+                sizes = {"B": 1, "nv": 0 if cross else len(c.images) * image_rows, "nt": len(c.ids), "n": 1}
+                sizes |= seen(sight, c.ids)
                 add(item.body, batch, sizes, before)  # the samples are prefilled one by one
                 before += sizes["nv"] + sizes["nt"]
         elif item.until:
             phase = "decode"
-            add(item.body, new_tokens, {"B": batch, "nv": 0, "nt": 1, "n": 1}, past)
+            add(item.body, new_tokens, {"B": batch, "nv": 0, "nt": 1, "n": 1, **seen(sight)}, past)
         else:
             phase = "flow"
             add(item.body, _trips(item, info), {"N": batch, "B": batch, "nv": 0, "nt": 1}, past)
@@ -240,7 +280,7 @@ def _trips(loop: Loop, info: dict) -> int:
 
 
 def _rows(stage: Stage, sizes: dict[str, int]) -> int:
-    """Rows of a call: those that go in where their number is free, else those of the first output."""
+    """Rows of a call: those that go in where their number is free, else those of the first output (of an image)."""
     symbols = {d.name for n in stage.placeholders() for d in n.meta["shape"] if isinstance(d, sympy.Symbol)}
     free = symbols & {"nv", "nt", "n"}
     if free:

@@ -64,7 +64,10 @@ class Chat:
         """
         content = self._engine.with_markers(text, images)
         messages = [*self.messages, {"role": "user", "content": content}]
-        job = self._engine.prepare(Request(messages, images, **options), self._images)
+        request = Request(messages, images, **options)
+        if request.beams > 1:
+            raise EngineError(f"beams is {request.beams}, but a conversation goes on from its one lane of the cache")
+        job = self._engine.prepare(request, self._images)
         answering = Stream(self._turn(self.messages, messages, job), job.answer)
         return answering if stream else answering.finish()
 

@@ -190,6 +190,8 @@ def run(
     top_p: Annotated[Optional[float], typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[Optional[int], typer.Option()] = None,
     stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")] = None,
+    beams: Annotated[int, typer.Option(help="Beam search with so many; at most the engine's batch.", min=1)] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Beams: scores are divided by length to this power.")] = 1.0,
     provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1)] = None,
     as_json: JsonOption = False,
@@ -201,10 +203,13 @@ def run(
         loaded = Engine(engine, provider=provider, threads=threads)
     options: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()),
+        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "beams": beams, "length_penalty": length_penalty,
     }  # fmt: skip
-    if as_json:
+    if as_json or beams > 1:
         made = loaded.generate(prompt, **options)
+        if not as_json:
+            print(cast(Any, made).text)
+            return
         print(
             json.dumps(
                 {k: getattr(made, k) for k in ("text", "ids", "finish_reason", "prompt_tokens", "completion_tokens")}

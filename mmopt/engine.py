@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmopt import beams
 from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
 from mmopt.planning import count_rows, plan
@@ -85,18 +86,26 @@ class Engine:
         With `stream` the result is an iterator over pieces of text; closing it cancels.
         """
         job = self.prepare(Request(prompt, images, **options))
+        if job.answer.request.beams > 1:
+            if stream:
+                raise EngineError("an answer with beams cannot be streamed: which one is best is known at the end")
+            return beams.answer(self.decoder, job)
         answering = Stream(self._answer(job), job.answer)
         return answering if stream else answering.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests together, ``info["batch"]`` at once; what is asked beside it does not change an answer."""
+        """Answer requests together, ``info["batch"]`` at once; what is asked beside it does not change an answer.
+
+        Those with beams take the lanes of a batch for themselves, one after the other.
+        """
         jobs, most = [self.prepare(r) for r in requests], self.info["batch"]
-        for i in range(0, len(jobs), most):
-            group = sorted(jobs[i : i + most], key=lambda j: -j.answer.limit)
+        together = [j for j in jobs if j.answer.request.beams == 1]
+        for i in range(0, len(together), most):
+            group = sorted(together[i : i + most], key=lambda j: -j.answer.limit)
             with self.decoder.cache(len(group)) as cache:
                 for _ in self.decoder.run(cache, group):
                     pass
-        return [j.answer.completion() for j in jobs]
+        return [beams.answer(self.decoder, j) if j.answer.request.beams > 1 else j.answer.completion() for j in jobs]
 
     def chat(self) -> Chat:
         """A conversation: each image is encoded once, and earlier turns stay in the cache."""
@@ -223,6 +232,11 @@ class Engine:
         else:
             with _engine_errors("the prompt is neither text nor messages nor token ids: "):
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
+        if request.beams > self.info["batch"]:
+            raise EngineError(
+                f"beams is {request.beams}, but this engine was made for at most {self.info['batch']} samples at once, "
+                f"and each beam takes the place of one: export it with batch {request.beams} or more"
+            )
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
         rows = count_rows(ids, self.info) + (start.rows if start else 0)

@@ -29,6 +29,9 @@ class Request:
     stop: texts that end the answer; they are not part of it.
     logprobs: also return the log-probability of each token.
     prefix: what `Engine.prefix` returned; the prompt (text or token ids) goes on from there.
+    beams: with more than 1, beam search as `mmopt.beams.search` has it: hypotheses end by end tokens alone, and the
+        best by sum of log-probabilities / length ** `length_penalty` is the answer; `early_stopping` is True, False or
+        "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go with it.
     """
 
     prompt: str | Sequence[dict] | Sequence[int]
@@ -41,6 +44,9 @@ class Request:
     stop: str | Sequence[str] = ()
     logprobs: bool = False
     prefix: Prefix | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, list | tuple):
@@ -49,6 +55,26 @@ class Request:
             raise EngineError(f"max_new_tokens is {self.max_new_tokens!r}, expected a number of at least 1")
         Sampler(self.temperature, self.top_k, self.top_p, self.seed)
         StopText(self.stop)
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        if not _is_int(self.beams) or self.beams < 1:
+            raise EngineError(f"beams is {self.beams!r}, expected a number of at least 1")
+        if not _is_number(self.length_penalty) or not -10 <= self.length_penalty <= 10:
+            raise EngineError(f"length_penalty is {self.length_penalty!r}, expected a number from -10 to 10")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise EngineError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'")
+        if self.beams == 1:
+            return
+        drawn = {"temperature": self.temperature or None, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
+        for name, value in drawn.items():
+            if value is not None:
+                raise EngineError(f"{name} is {value!r}, but beams is {self.beams}: beam search draws nothing")
+        if self.stop:
+            raise EngineError(
+                f"stop is {self.stop!r}, but beams is {self.beams}: hypotheses end by end tokens alone, cut the text "
+                "afterwards"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class Completion:
     finish_reason: "stop" (an end token), "stop_string", "length" or "cancelled".
     prompt_tokens: rows that the prompt takes in the cache, those of images included.
     logprobs: of each of `ids`, natural logarithm, by the model's own distribution (temperature 1, nothing cut off).
+    score, hypotheses: with beams, what the search ranks by, and all that it ended with; this one is the first.
     """
 
     text: str
@@ -66,6 +93,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[float] | None = None
+    score: float | None = None
+    hypotheses: list[Completion] = field(default_factory=list, repr=False)
 
 
 class Sampler:
@@ -194,11 +223,15 @@ class Answer:
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token from logits ``[V]``."""
         token = self._sampler(logits)
-        self.ids.append(token)
-        if self.request.logprobs:
-            self.logprobs.append(log_probability(logits, token))
         if self.keep_logits:
             self.logits.append(np.array(logits))
+        self.add(token, log_probability(logits, token) if self.request.logprobs else None)
+
+    def add(self, token: int, logprob: float | None = None) -> None:
+        """Take a token that was chosen."""
+        self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         ended = "stop" if token in self.eos_ids else "length" if len(self.ids) >= self.limit else None
         self.piece = ""
         if self._stream is not None:

@@ -250,6 +250,13 @@ def scattered_attention(e: Emitter, n: Node) -> tuple:
     return flat(e, out, int(shape_of(q)[-1])), keys, values
 
 
+def clamp(e: Emitter, n: Node) -> str:
+    out, dtype = e.value(n.args[0]), e.dtype(n)
+    for kind, bound in zip(("Max", "Min"), n.args[1:], strict=False):
+        out = out if bound is None else e.op(kind, out, e.number(bound, dtype))
+    return out
+
+
 PLAIN: dict[Any, Rule] = {
     operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],
     RESHAPE: reshape,
@@ -267,6 +274,7 @@ PLAIN: dict[Any, Rule] = {
     ROTARY: rotary,
     aten.to.dtype: to,
     aten.argmax.default: argmax,
+    aten.clamp.default: clamp,
     aten.silu.default: silu,
     aten.scaled_dot_product_attention.default: masked_attention,
     aten.softmax.int: lambda e, n: e.op("Softmax", e.value(n.args[0]), axis=n.args[1]),

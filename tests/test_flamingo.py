@@ -232,7 +232,7 @@ def test_language_models_that_are_not_supported_are_refused(kind, change, messag
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_program_before_and_after_the_passes_equals_the_plain_model(kind):
+def test_program_and_engine_equal_the_plain_model(kind, tmp_path):
     """Every language model, at two images and none: greedy steps on a cache against whole sequences."""
     raw = json.loads((DATA / "config.json").read_text())
     raw["model"]["lm"], raw["gated_layer_indices"] = {"type": kind, "hf_config": PROGRAMS[kind]}, [0, 1]
@@ -244,6 +244,10 @@ def test_program_before_and_after_the_passes_equals_the_plain_model(kind):
     prompts = [[7, marker, 4, 5, marker, 6, 8], [9, 3, 11]]
     made = program(prompts, pixels, max_new_tokens=4, ignore_eos=True)
     again = optimized(prompts, pixels, max_new_tokens=4, ignore_eos=True)
+    mmopt.export(optimized, tmp_path / "engine")
+    run = {"max_new_tokens": 4, "ignore_eos": True}
+    engine = mmopt.Engine(tmp_path / "engine").run_ids(prompts, pixel_values=pixels.numpy(), **run)
+    assert [list(t) for t in engine.tokens] == [list(t) for t in made["tokens"]]
     rows = m.encode_images(pixels)
     for b, (prompt, count) in enumerate(zip(prompts, (2, 0), strict=True)):
         ids = torch.tensor([prompt + list(made["tokens"][b][:3])])

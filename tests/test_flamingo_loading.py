@@ -193,6 +193,15 @@ def test_special_tokens_are_the_tokenizers(files, words, added, padding, ids):
     assert (told.config.media_token_id, told.config.eos_token_id) == (7, 8)
 
 
+def test_the_engine_gets_the_tokenizer_with_what_was_added(files, tmp_path):
+    (files["language_model"] / "tokenizer.json").write_text(tokenizer(297, []))
+    program = mmopt.trace(mmopt.load(**files), batch=1, images=1, context=32)
+    mmopt.export(mmopt.optimize(program).program, tmp_path / "engine")
+    read = Tokenizer.from_file(str(tmp_path / "engine" / "tokenizer.json"))
+    assert read.token_to_id("<image>") == 298
+    assert "tokenizer" not in json.loads((tmp_path / "engine" / "program.json").read_text())["info"]
+
+
 def test_special_tokens_beyond_the_table_are_an_error(files):
     (files["language_model"] / "tokenizer.json").write_text(tokenizer(299, []))
     with pytest.raises(ValueError, match=r"media_token_id is 300, expected an id below 300"):

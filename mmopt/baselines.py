@@ -26,6 +26,7 @@ from mmopt.graph import (
     ATTENTION,
     CACHED_ATTENTION,
     CAT,
+    CROSS_ATTENTION,
     EXPAND,
     LAYER_NORM,
     LINEAR,
@@ -34,6 +35,7 @@ from mmopt.graph import (
     RESHAPE,
     RMS_NORM,
     ROTARY,
+    SEGMENT_ATTENTION,
     SLICE,
     WHERE,
     aten,
@@ -45,6 +47,7 @@ ROUTINGS = ("routed", "known")
 FUNCTIONS: dict[Any, Callable] = {
     LINEAR: F.linear, LAYER_NORM: F.layer_norm, RMS_NORM: F.rms_norm, ADD: torch.add, MUL: torch.mul, CAT: torch.cat,
     RESHAPE: torch.reshape, PERMUTE: torch.permute, EXPAND: Tensor.expand, ROTARY: ops.rotary, ATTENTION: ops.attention,
+    CROSS_ATTENTION: ops.cross_attention, SEGMENT_ATTENTION: ops.segment_attention,
     aten.silu.default: F.silu,
 }  # fmt: skip
 
@@ -73,7 +76,7 @@ ROUTED = {LINEAR: routed_linear, RMS_NORM: routed_rms_norm, LAYER_NORM: routed_l
 
 def attention_in_place(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past: int, heads: int, kv_heads: int,
-    scale: float | None = None,
+    scale: float | None = None, slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`ops.cached_attention` with the caches written in place and a `past` that is the same number for all samples."""
     batch, rows, _ = q.shape
@@ -83,9 +86,13 @@ def attention_in_place(
     mask = None
     if past and rows > 1:
         mask = torch.ones(rows, total, dtype=torch.bool, device=q.device).tril(past)
+    if slopes is not None:
+        bias = slopes[:, None, None] * torch.arange(1 - total, 1, device=q.device, dtype=q.dtype)
+        seen = torch.ones(rows, total, dtype=torch.bool, device=q.device).tril(past)
+        mask = bias.masked_fill(~seen, float("-inf"))[None] if rows > 1 else bias[None]
     out = F.scaled_dot_product_attention(
         q.view(batch, rows, heads, -1).transpose(1, 2), key_cache[:, :, :total], value_cache[:, :, :total],
-        attn_mask=mask, is_causal=rows > 1 and not past, scale=scale, enable_gqa=heads != kv_heads,
+        attn_mask=mask, is_causal=rows > 1 and not past and mask is None, scale=scale, enable_gqa=heads != kv_heads,
     )  # fmt: skip
     return out.transpose(1, 2).reshape(batch, rows, -1)
 
@@ -183,8 +190,8 @@ class _Writer:
         if n.target is operator.getitem:
             return self.env[n.args[0]] if n.args[1] == 0 else None  # type: ignore[index]  # caches are written in place
         if n.target is CACHED_ATTENTION:
-            q, k, v, keys, values, _, heads, kv_heads, scale = (*n.args, None)[:9]
-            return self.call(attention_in_place, q, k, v, keys, values, self.past, heads, kv_heads, scale)
+            q, k, v, keys, values, _, heads, kv_heads, scale, slopes = (*n.args, None, None)[:10]
+            return self.call(attention_in_place, q, k, v, keys, values, self.past, heads, kv_heads, scale, slopes)
         if n.target is WHERE and n.args[1] not in self.env:
             return self.select(n, routing)
         if n.target is SLICE:
@@ -196,7 +203,14 @@ class _Writer:
         if last_row:
             x = args[0]
             args[0] = self.call(torch.narrow, x, 1, self.size(shape_of(x)[1]) - 1, 1)  # type: ignore[arg-type]
-        return self.call(FUNCTIONS.get(n.target, n.target), *args)  # type: ignore[arg-type]
+        f = FUNCTIONS.get(n.target, n.target)
+        named = {}
+        if f is n.target:  # keyword-only arguments stand in their place among the positional ones
+            schema = n.target._schema.arguments  # type: ignore[union-attr]
+            named = {a.name: self.argument(v) for a, v in zip(schema, args, strict=False) if a.kwarg_only}
+        made = self.call(f, *args[: len(args) - len(named)])  # type: ignore[arg-type]
+        made.kwargs = named
+        return made
 
     def cat(self, n: Node) -> Any:
         """Without parts of no rows. With `leading`, visual and text rows stand in the order of the prompt."""

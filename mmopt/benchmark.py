@@ -173,7 +173,7 @@ class _Bench:
         work = work_of(self.optimized, self.inputs, new_tokens)
         i = self.inputs
         return {
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "threads": self.threads,
             "dtype": self.info["dtype"],
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
@@ -270,9 +270,9 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
     return found
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     return next(

@@ -122,7 +122,8 @@ class Decoder:
             if apart & {rename.get(k, k) for k in stage["inputs"]}:
                 apart |= {rename.get(k, k) for k in stage["outputs"]}
                 self._look_calls.append(c)
-        self.pixels = next(s["inputs"]["pixel_values"] for s in facts["stages"].values() if "pixel_values" in s["inputs"])
+        inputs = [s["inputs"] for s in facts["stages"].values()]
+        self.pixels = next(i["pixel_values"] for i in inputs if "pixel_values" in i)
         self._encode_calls = [c for c in calls if c not in self._look_calls]
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
         known = {"visual", "text", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}

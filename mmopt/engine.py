@@ -268,18 +268,14 @@ class Engine:
         if not len(images):
             return [], []
         pixels, inputs, tiles = self._pixels(images)
-        made, keys = [], []
-        for i in range(len(pixels)):
-            own = {k: x[i : i + 1] for k, x in inputs.items()}
-            digest = hashlib.blake2b(digest_size=20)
-            for x in (pixels[i], *own.values()):
-                digest.update(np.ascontiguousarray(x))
-            keys.append(digest.hexdigest())
-            image = self.store.get(("image", keys[-1]))
+        each = [{k: x[i : i + 1] for k, x in inputs.items()} for i in range(len(pixels))]
+        made, keys = [], [_digest(pixels[i], *own.values()) for i, own in enumerate(each)]
+        for i, (key, own) in enumerate(zip(keys, each, strict=True)):
+            image = self.store.get(("image", key))
             if image is None:
                 rows = self.decoder.encode(pixels[i : i + 1], own)
                 image = self.decoder.image(rows, int(tiles[i]) if tiles is not None else None)
-                self.store.put(("image", keys[-1]), image, image.nbytes)
+                self.store.put(("image", key), image, image.nbytes)
             made.append(image)
         return made, keys
 
@@ -336,6 +332,13 @@ class Run:
     past: np.ndarray
     caches: dict[str, np.ndarray] | None
     image_rows: Tensor | None
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()
 
 
 def _each(rows: Tensor | None) -> list[Tensor]:

@@ -16,12 +16,12 @@ def rows_of(times: dict, variants: list[str], new_tokens: int) -> list[dict[str,
         per_round = zip(*(times[s, name] for s in STAGES), strict=True)
         total = [sum(map(min, (e, p))) + new_tokens * statistics.median(d) for e, p, d in per_round]
         taken = {s: [t for r in times[s, name] for t in r] for s in STAGES} | {"total": total}
-        rows += [{"stage": s, "variant": name, **_spread(t)} for s, t in taken.items()]
+        rows += [{"stage": s, "variant": name, **spread(t)} for s, t in taken.items()]
     order = [*STAGES, "total"]
     return sorted(rows, key=lambda r: order.index(r["stage"]))
 
 
-def _spread(seconds: list[float]) -> dict[str, Any]:
+def spread(seconds: list[float]) -> dict[str, Any]:
     ms = sorted(1e3 * s for s in seconds)
     low, middle, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
     return {"min_ms": ms[0], "p25_ms": low, "median_ms": middle, "p75_ms": high, "runs": len(ms)}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mmopt.checkpoint import DTYPES, Model, load
-from mmopt.points import Pairs, at_engine, at_model, at_program, preprocessed, tapped
-from mmopt.recorded import Case, read_cases
+from mmopt.plain import at_model, is_zeroed, tapped
+from mmopt.points import Pairs, at_engine, at_program, preprocessed
+from mmopt.recorded import TOKEN_IDS, Case, cases_of, read_model_cases
 
 POINTS = ("model", "program", "optimized", "engine")
 
@@ -36,7 +37,8 @@ NOT_COMPARED = (  # the first reason that fits stands in the report: (points, ou
 )
 RECORDED = (
     r"out\.(prepare\.(inputs_embeds|modality_indicators|attention_mask|labels)|logits|loss|hidden\.0|kv_cache\.\d+\.(key|value)"
-    r"|greedy\.(token_ids|step_logits_(cached|nocache)|final_kv_cache\.\d+\.(key|value)))"
+    r"|greedy\.(token_ids(_cached|_nocache)?|step_logits_(cached|nocache)|final_kv_cache\.\d+\.(key|value))"
+    r"|fed\.(logits|time)|sight\.\w+)"
 )
 
 
@@ -46,8 +48,11 @@ def replay(
     at: Sequence[str] = POINTS,
     dtype: str = "float32",
     progress: Callable[[str], None] | None = None,
+    load_options: dict[str, Any] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Replay case files at the points `at`; ``progress`` is told what is going on, a line at a time.
+
+    `load_options`: further arguments of `mmopt.load` (language_model, vision ...).
 
     Returns ``rows`` of ``{case, point, output, max_abs, max_rel, ids_equal, ok}`` and ``not_compared`` of ``{case,
     point, output, reason}``, all plain JSON values. max_rel is the largest error over the largest recorded value;
@@ -63,8 +68,8 @@ def replay(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     tell = progress or (lambda line: None)
     tell(f"load {checkpoint}")
-    model = load(checkpoint, dtype=dtype)
-    todo = read_cases(cases, model.directory, model.image_id, model.config.rows_per_image)
+    model = load(checkpoint, dtype=dtype, **(load_options or {}))
+    todo = read_model_cases(cases, model)
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": []}
     with ExitStack() as stack:
         line = Line(model, todo, tell, stack)
@@ -91,8 +96,10 @@ class Line:
         prompts = [c for c in cases if c.is_prompt]
         image = model.image_id
         self.batch = max((len(c.prompts) for c in prompts), default=1)
-        self.images = max((p.count(image) for c in prompts for p in c.prompts), default=1)
-        self.context = max((int(c.valid.sum(1).max()) + max(c.steps - 1, 0) for c in prompts), default=1)
+        counts = [c.sights.images if c.sights else [p.count(image) for p in c.prompts] for c in prompts]
+        self.images = max((n for each in counts for n in each), default=1)
+        more = [max(c.steps - 1, 0) + (0 if c.fed is None else c.fed.shape[1]) for c in prompts]
+        self.context = max((int(c.valid.sum(1).max()) + n for c, n in zip(prompts, more, strict=True)), default=1)
         self.made: dict[str, Any] = {}
 
     def point(self, name: str) -> Any:
@@ -137,38 +144,53 @@ def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[di
     """The rows of one case at one point, and what was left out."""
     half = HALF_TOLERANCE.get(line.model.dtype)
     where = {"case": case.name, "point": point}
-    if half and point in ("optimized", "engine"):
-        kind = str(line.model.dtype).removeprefix("torch.")
-        return [], [{**where, "output": "out.*", "reason": f"{kind} is compared at model and program only"}]
-    image = line.model.image_id
-    if point != "model" and any(p[-1] == image for p in case.prompts if p):
-        return [], [{**where, "output": "out.*", "reason": "a prompt ends with an image, which a Program refuses"}]
+    if (why := _why_not_at(line.model, point, case, half is not None)) is not None:
+        return [], [{**where, "output": name, "reason": why} for name in sorted(case.outputs)]
     try:
         pairs = _run(line, point, case, forced=half is not None)
     except Exception as e:  # one broken run must not hide the other results
         row = {**where, "output": "run", "max_abs": None, "max_rel": None, "ids_equal": None, "ok": False}
         return [row], [{**where, "output": "out.*", "reason": f"failed: {type(e).__name__}: {e}"}]
-    tolerance = line.model.family.cases
+    layout = cases_of(line.model)
     rows = [
-        {**where, "output": k, **judge(k, ours, recorded, tolerance.atol, tolerance.rtol, half)}
+        {**where, "output": k, **judge(case.mean(k), ours, recorded, layout.atol, layout.rtol, half)}
         for k, (ours, recorded) in sorted(pairs.items())
     ]
     left_out = {k: _why_not(line.model, point, case, k) for k in sorted(case.outputs) if k not in pairs}
-    if "out.logits" in pairs and point in ("optimized", "engine"):
-        left_out["out.logits"] = "rows before the last one of each sample are not made"
+    for k in pairs:
+        if case.mean(k) == "out.logits" and point in ("optimized", "engine"):
+            left_out[k] = "rows before the last one of each sample are not made"
+        elif is_zeroed(case.mean(k), layout.zeroed):
+            left_out[f"{k}, rows that see no image"] = "they are zeros already where this value can be had"
     if case.padded and pairs:
         left_out["padding rows"] = "no one reads them: only real rows are compared"
     return rows, [{**where, "output": k, "reason": why} for k, why in left_out.items()]
 
 
+def _why_not_at(model: Model, point: str, case: Case, half: bool) -> str | None:
+    """Why nothing of a case can be compared at a point."""
+    if half and point in ("optimized", "engine"):
+        return f"{str(model.dtype).removeprefix('torch.')} is compared at model and program only"
+    if point == "model":
+        return None
+    if case.run is not None:
+        return "no Program is made of what these inputs go through"
+    if case.sights is None and any(p[-1] == model.image_id for p in case.prompts if p):
+        return "a prompt ends with an image, which a Program refuses"
+    if case.sights and case.sights.given:
+        return "its mask of images is not the one that follows from its ids, and a Program goes by these"
+    return None
+
+
 def _run(line: Line, point: str, case: Case, forced: bool) -> Pairs:
+    values = cases_of(line.model).values
     if point == "model":
         return at_model(line.model, case, forced) | preprocessed(line.model.processing["image"], case)
     made = line.point(point)
     if point == "engine":
         engine, settings = made
-        return at_engine(engine, case) | preprocessed(settings, case)
-    pairs = at_program(made, case, forced, all_rows=point == "program")
+        return at_engine(engine, case, forced, values) | preprocessed(settings, case)
+    pairs = at_program(made, case, forced, all_rows=point == "program", values=values)
     return pairs | preprocessed(made.info["processing"]["image"], case)
 
 
@@ -180,7 +202,7 @@ def judge(
     With `half` (half precision) the largest error may be that share of the largest recorded value.
     """
     row: dict[str, Any] = {"max_abs": None, "max_rel": None, "ids_equal": None, "ok": False}
-    is_ids = name.endswith("token_ids")
+    is_ids = TOKEN_IDS.fullmatch(name) is not None
     if ours.shape != recorded.shape:
         return row | ({"ids_equal": False} if is_ids else {})
     if is_ids:
@@ -201,15 +223,22 @@ def judge(
     return row | {"max_abs": max_abs if finite else None, "max_rel": max_rel if finite else None, "ok": ok and finite}
 
 
-def _why_not(model: Model, point: str, case: Case, name: str) -> str:
-    taps = model.family.cases
+def _why_not(model: Model, point: str, case: Case, recorded: str) -> str:
+    layout, name = cases_of(model), case.mean(recorded)
+    if name in layout.unread:
+        return layout.unread[name]
+    taps = (layout.vision_taps, layout.input_taps, layout.language_taps)
     known = re.fullmatch(RECORDED, name) or any(re.fullmatch(f"out\\.{re.escape(p)}_.*", name) for p in case.pictures)
-    if not known and not any(tapped(name, t) for t in (taps.vision_taps, taps.input_taps, taps.language_taps)):
+    if not known and not any(tapped(name, t) for t in taps):
         return "not an output that this version knows"
-    if case.left_padded and not name.startswith("out.prepare."):
+    if case.misled and not name.startswith("out.prepare."):
         return "left padding: the reference masks the wrong rows here"
-    if case.padded and name.startswith("out.greedy."):
+    if not case.goes_on and name.startswith(("out.greedy.", "out.fed.")):
         return "the reference goes on from padding rows here"
+    if name.endswith("_nocache") and case.markers_made:
+        return "without its cache the reference takes a new marker for one more image"
+    if case.samples_touch and name.startswith(("out.greedy.", "out.fed.")):
+        return "a marker in one sample takes the others' images away; here samples do not touch each other"
     return next(why for points, names, why in NOT_COMPARED if point in points.split() and re.match(names or "", name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,14 +47,39 @@ class Cross:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """One run of a reference implementation, as a file of recorded tensors may hold it.
+
+    names: recorded name -> what `mmopt.recorded` calls it; ``*`` is any text, the same on both sides. Taps look for the
+    latter. A file holds this run if it has all of `needs`, or any input if that is empty. run: instead of a prompt, a
+    function of the module and the file's tensors by their new names -> our own values by the same names.
+    """
+
+    names: dict[str, str]
+    needs: tuple[str, ...] = ()
+    run: Callable[[Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Cases:
-    """Names of recorded tensors -> the modules whose output (or first input) they are; ``{}`` stands for an index."""
+    """Names of recorded tensors -> the modules whose output (or first input) they are; ``{}`` stands for an index.
+
+    recordings: runs that a file may hold. values: recorded name -> the value of a Program that it is. zeroed: taps that
+    the reference recorded before it zeroed rows that see nothing. tiles: the image input whose ones count the blocks of
+    an image. left_padding: the reference masks left padding rightly. unread: names that no module makes -> why.
+    """
 
     vision_taps: dict[str, str]
     input_taps: dict[str, str]
     language_taps: dict[str, str]
     atol: float
     rtol: float
+    recordings: tuple[Recording, ...] = (Recording({"in.*": "in.*", "out.*": "out.*"}),)
+    values: dict[str, str] = field(default_factory=dict)
+    zeroed: tuple[str, ...] = ()
+    tiles: str | None = None
+    left_padding: bool = False
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +96,7 @@ class Family:
     image_marker: str
     image_processing: Callable[[Any, dict], dict]  # config, preprocessor_config.json -> fields of ImageProcessor
     chat: dict[str, str]  # fields of ChatTemplate
-    cases: Cases
+    cases: Cases | Callable[[Any], Cases]  # or made for a config
     cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
     weight_key: str | None = None  # regular expression: a key of weights that come without a config.json

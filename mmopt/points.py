@@ -1,26 +1,24 @@
-"""Run a recorded case on the loaded model, on a Program or on an engine; lay what comes out beside the recording."""
+"""Run a recorded case on a Program or on an engine, and lay what comes out of a run beside the recording."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmopt.checkpoint import Model
+from mmopt.beside import tensors
 from mmopt.processing import IMAGE_MODES, ImageProcessor
 from mmopt.program import Call, Program
 from mmopt.recorded import IGNORE, Case
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # output name -> (ours, recorded), of equal shape if all is well
 CACHE = re.compile(r"out\.(greedy\.final_)?kv_cache\.(\d+)\.(key|value)")
-# Recorded results of the image stages -> the Program's value of the same meaning.
-IMAGE_VALUES = {"out.vision.last_hidden_state": "vision_rows", "out.abstractor.last_hidden_state": "image_rows"}
 
 
 @dataclass
@@ -31,47 +29,32 @@ class Run:
     logits: list[Tensor] = field(default_factory=list)  # for each sample [rows, vocab], or the last row alone
     steps: Tensor | None = None  # [B, steps, vocab]: the logits that chose each new token
     ids: Tensor | None = None  # [B, steps]
+    steps_nocache: Tensor | None = None  # the same without a cache, where that makes a difference
+    ids_nocache: Tensor | None = None
+    fed: Tensor | None = None  # [B, n, vocab]: logits of the ids that are fed after the prompt
     caches: dict[str, Tensor] = field(default_factory=dict)
     final_caches: dict[str, Tensor] = field(default_factory=dict)
     image_rows: Tensor | None = None  # [used images, rows, hidden]
+    values: dict[str, Tensor] = field(default_factory=dict)  # of image stages, and the embedded rows of the text
 
 
 # ------------------------------------------------------------------------------------------------------- the points
-def at_model(model: Model, case: Case, forced: bool) -> Pairs:
-    """The plain model on full sequences, with hooks on the modules whose outputs were recorded."""
-    pairs: Pairs = {}
-    with torch.inference_mode(), Taps(model, case) as taps:
-        if case.pixel_values is not None:
-            image_rows = model.module.encode_images(case.pixel_values.to(model.dtype))  # type: ignore[operator]
-        else:
-            image_rows = None
-        if case.is_prompt:
-            embeds = embed(model, case, image_rows)
-            logits, kept = model.module(embeds, case.image_row >= 0)
-    with torch.inference_mode():
-        if case.is_prompt:
-            run = Run(embeds=case.each(embeds), logits=case.each(logits), caches=split_heads(model, kept))
-            if case.steps and not case.padded:
-                decode(model, case, embeds, run, forced)
-            pairs = lay_beside(case, run, all_rows=True)
-            made = {"inputs_embeds": embeds, "modality_indicators": (case.image_row >= 0).long(), "labels": case.labels}
-            for name, value in {**made, "attention_mask": case.mask}.items():
-                if (wanted := case.outputs.get(f"out.prepare.{name}")) is not None and value is not None:
-                    pairs[f"out.prepare.{name}"] = value, wanted
-    return pairs | taps.pairs()
+def at_program(program: Program, case: Case, forced: bool, all_rows: bool, values: dict[str, str]) -> Pairs:
+    """A Program on the prompts. `all_rows`: its logits hold all rows; after passes they hold the last one.
 
-
-def at_program(program: Program, case: Case, forced: bool, all_rows: bool) -> Pairs:
-    """A Program on the prompts. `all_rows`: its logits hold all rows; after passes they hold the last one."""
+    values: recorded name -> value of a Program.
+    """
     if not case.is_prompt:
-        return image_pairs(case, encode(program, case.pixel_values))
+        return value_pairs(case, encode(program, case.pixel_values), values)
     run, embeds, logits, steps = Run(), defaultdict(list), defaultdict(list), []
 
     def observe(phase: str, call: Call, made: dict[str, Tensor], chunk: Any) -> None:
+        if not phase:
+            run.values.update(made)
         if "image_rows" in made:
             run.image_rows = made["image_rows"]
         if chunk is not None and "text" in made:
-            if chunk.images:
+            if chunk.images and not case.sights:
                 assert run.image_rows is not None
                 embeds[chunk.sample].append(run.image_rows[list(chunk.images)].flatten(0, 1))
             embeds[chunk.sample].append(made["text"][0])
@@ -80,49 +63,77 @@ def at_program(program: Program, case: Case, forced: bool, all_rows: bool) -> Pa
         elif "logits" in made:
             steps.append(made["logits"][:, -1])
 
-    trips = 0 if case.padded else case.steps
-    values = program(
+    trips, ids = to_feed(case, forced)
+    made = program(
         prompts=case.prompts,
         pixel_values=case.used_pixels,
         max_new_tokens=trips,
-        forced=case.outputs.get("out.greedy.token_ids") if forced and trips else None,
+        forced=ids,
         ignore_eos=True,
         observe=observe,
+        **(case.sights.call if case.sights else {}),
     )
     samples = range(len(case.prompts))
     run.embeds = [torch.cat(embeds[b]) for b in samples]
     run.logits = [torch.cat(logits[b])[None if all_rows else -1 :] for b in samples]
-    run.caches = run.final_caches = {k: v for k, v in values.items() if "_cache." in k}
+    run.caches = run.final_caches = {k: v for k, v in made.items() if "_cache." in k}
+    if case.sights:
+        run.values["text"] = torch.cat(run.embeds)
     if trips:
-        run.steps = torch.stack([torch.stack([x[-1] for x in run.logits]), *steps], 1)
-        run.ids = torch.tensor(values["tokens"])
-    return lay_beside(case, run, all_rows)
+        keep_steps(case, run, torch.stack([torch.stack([x[-1] for x in run.logits]), *steps], 1), made["tokens"])
+    return lay_beside(case, run, all_rows) | value_pairs(case, run.values, values)
 
 
-def at_engine(engine: Any, case: Case) -> Pairs:
+def at_engine(engine: Any, case: Case, forced: bool, values: dict[str, str]) -> Pairs:
     """An `Engine` on the prompts. Of its embeddings only the image rows can be seen."""
-    pixels = case.used_pixels if case.is_prompt else case.pixel_values
-    image_rows = None if pixels is None else engine.encode_images(pixels.numpy())
-    seen = None if image_rows is None else torch.from_numpy(image_rows.numpy())
     if not case.is_prompt:
-        return image_pairs(case, {} if seen is None else {"image_rows": seen})
-    trips = 0 if case.padded else case.steps
+        made = None if case.pixel_values is None else engine.encode_images(case.pixel_values.numpy())
+        return value_pairs(case, {} if made is None else {"image_rows": torch.from_numpy(made.numpy())}, values)
+    trips, ids = to_feed(case, forced)
+    call = dict(case.sights.call) if case.sights else {}
+    if call:
+        call["image_inputs"] = {k: x.numpy() for k, x in case.sights.inputs.items()} if case.sights else {}
     made = engine.run_ids(
-        case.prompts, image_rows=image_rows, max_new_tokens=max(trips, 1), ignore_eos=True, logits=True, caches=True
+        case.prompts,
+        None if case.used_pixels is None else case.used_pixels.numpy(),
+        max_new_tokens=max(trips, 1),
+        forced=None if ids is None else ids.numpy(),
+        ignore_eos=True,
+        logits=True,
+        caches=True,
+        **call,
     )
-    run = Run(image_rows=seen, logits=[torch.from_numpy(x[:1]) for x in made.logits])
+    run = Run(logits=[torch.from_numpy(x[:1]) for x in made.logits])
+    run.image_rows = None if made.image_rows is None else torch.from_numpy(made.image_rows.numpy())
     run.caches = run.final_caches = {k: torch.from_numpy(v) for k, v in made.caches.items()}
+    if run.image_rows is not None:
+        run.values["image_rows"] = run.image_rows
     if trips:
-        run.steps = torch.stack([torch.from_numpy(x) for x in made.logits])
-        run.ids = torch.tensor(made.tokens)
-    return lay_beside(case, run, all_rows=False)
+        keep_steps(case, run, torch.from_numpy(np.stack(made.logits)), made.tokens)
+    return lay_beside(case, run, all_rows=False) | value_pairs(case, run.values, values)
+
+
+def to_feed(case: Case, forced: bool) -> tuple[int, Tensor | None]:
+    """How many tokens to decode, and the ids to feed in the place of the likeliest ones."""
+    if not case.goes_on or case.samples_touch or (case.padded and not case.sights):
+        return 0, None
+    if case.fed is not None:  # the last one is not fed back
+        return case.fed.shape[1] + 1, F.pad(case.fed, (0, 1))
+    return case.steps, case.greedy_ids if forced and case.steps else None
+
+
+def keep_steps(case: Case, run: Run, steps: Tensor, tokens: list[list[int]]) -> None:
+    if case.fed is not None:
+        run.fed = steps[:, 1:]
+    else:
+        run.steps, run.ids = steps, torch.tensor(tokens)
 
 
 def preprocessed(settings: dict, case: Case) -> Pairs:
     """Recorded preprocessing: ``in.NAME_rgb`` -> ``out.NAME_MODE``, with the checkpoint's mean and deviation."""
     pairs: Pairs = {}
-    processor = ImageProcessor.from_json(settings)
     for name, pixels in case.pictures.items():
+        processor = ImageProcessor.from_json(settings)
         for mode in IMAGE_MODES:
             wanted = case.outputs.get(f"out.{name}_{mode}")
             if wanted is not None:
@@ -135,132 +146,84 @@ def preprocessed(settings: dict, case: Case) -> Pairs:
 def lay_beside(case: Case, run: Run, all_rows: bool) -> Pairs:
     """Pair a run with the recording: real rows only, and nothing that padding made meaningless in the recording."""
     pairs: Pairs = {}
-    wanted = case.outputs
-    for name in ("out.prepare.inputs_embeds", "out.hidden.0"):
-        if name in wanted and run.embeds:
-            pairs[name] = torch.cat(run.embeds), case.real(wanted[name])
-        elif name in wanted and run.image_rows is not None:
-            pairs[name] = run.image_rows.flatten(0, 1), wanted[name][case.valid & (case.image_row >= 0)]
-    if case.left_padded:
+    for mean in ("out.prepare.inputs_embeds", "out.hidden.0"):
+        for name, wanted in case.recorded(mean).items():
+            if run.embeds:
+                pairs[name] = torch.cat(run.embeds), case.real(wanted)
+            elif run.image_rows is not None:
+                pairs[name] = run.image_rows.flatten(0, 1), wanted[case.valid & (case.image_row >= 0)]
+    if case.misled:
         return pairs
-    if "out.logits" in wanted:
-        rows = case.each(wanted["out.logits"])
-        pairs["out.logits"] = torch.cat(run.logits), torch.cat(rows if all_rows else [r[-1:] for r in rows])
+    for name, wanted in case.recorded("out.logits").items():
+        rows = case.each(wanted)
+        pairs[name] = torch.cat(run.logits), torch.cat(rows if all_rows else [r[-1:] for r in rows])
     countable = case.labels is not None and bool((case.labels[~case.valid] == IGNORE).all())  # no padding in the loss
-    if "out.loss" in wanted and all_rows and countable:
-        targets = torch.cat([t[1:] for t in case.each(case.labels)])
+    for name, wanted in case.recorded("out.loss").items() if all_rows and countable else ():
+        targets = torch.cat([t[1:] for t in case.each(case.labels)])  # type: ignore[arg-type]
         loss = F.cross_entropy(torch.cat([x[:-1] for x in run.logits]).float(), targets, ignore_index=IGNORE)
-        pairs["out.loss"] = loss.reshape(wanted["out.loss"].shape), wanted["out.loss"]
-    for name, value in (("token_ids", run.ids), ("step_logits_cached", run.steps), ("step_logits_nocache", run.steps)):
-        if f"out.greedy.{name}" in wanted and value is not None:
-            pairs[f"out.greedy.{name}"] = value, wanted[f"out.greedy.{name}"]
-    for name, recorded in wanted.items():
-        if not (m := CACHE.fullmatch(name)) or (m[1] and run.steps is None):
-            continue
-        cache = (run.final_caches if m[1] else run.caches).get(f"{m[3]}_cache.{m[2]}")
-        if cache is None:
-            raise ValueError(f"{case.name}: {name} was recorded, but the model has no layer {m[2]}")
-        lengths = [n + (case.steps - 1 if m[1] else 0) for n in case.valid.sum(1).tolist()]
-        theirs = recorded.transpose(1, 2)
-        ours = torch.cat([cache[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)])
-        pairs[name] = ours, theirs.flatten(0, 1) if m[1] else case.real(theirs)
+        pairs[name] = loss.reshape(wanted.shape), wanted
+    for name, wanted in case.outputs.items():
+        mean = case.mean(name)
+        if m := CACHE.fullmatch(mean):
+            if not m[1] or run.steps is not None:
+                pairs[name] = cache_pair(case, run, name, bool(m[1]), f"{m[3]}_cache.{m[2]}")
+        elif mean.startswith("out.greedy."):
+            value = of_steps(case, run, mean)
+            if value is not None:
+                pairs[name] = case.live(value[:, : wanted.shape[1]]), case.live(wanted)
+        elif mean == "out.fed.logits" and run.fed is not None:
+            pairs[name] = run.fed, wanted
+        elif case.sights and mean.startswith(("out.sight.", "out.fed.time")):
+            pairs[name] = sight_pair(case, mean, wanted)
     return pairs
 
 
-def image_pairs(case: Case, values: dict[str, Tensor]) -> Pairs:
-    return {k: (values[v], case.outputs[k]) for k, v in IMAGE_VALUES.items() if k in case.outputs and v in values}
+def of_steps(case: Case, run: Run, mean: str) -> Tensor | None:
+    """The greedy ids or logits of that meaning. Without a cache the reference may read a new marker otherwise."""
+    ids, steps = (run.ids, run.steps)
+    if mean.endswith("_nocache") and case.markers_made:
+        ids, steps = (run.ids_nocache, run.steps_nocache)
+    return ids if "token_ids" in mean else steps
 
 
-# ------------------------------------------------------------------------------------------------------- model pieces
-class Taps:
-    """Forward hooks on the modules whose outputs (or first inputs) a case recorded; each keeps its first call."""
-
-    def __init__(self, model: Model, case: Case):
-        self.case, self.hooks = case, []
-        self.kept: dict[str, Tensor] = {}
-        cases = model.family.cases
-        self.language: set[str] = set()
-        for taps in (cases.vision_taps, cases.input_taps, cases.language_taps):
-            for name in case.outputs:
-                path = tapped(name, taps)
-                if path is None or (taps is not cases.language_taps and case.pixel_values is None):
-                    continue
-                try:
-                    module = model.module.get_submodule(path)
-                except AttributeError as e:
-                    raise ValueError(f"{case.name}: {name} was recorded, but the model has no module {path}") from e
-                if taps is cases.language_taps:
-                    self.language.add(name)
-                self.hooks.append(module.register_forward_hook(self.keep(name, first_input=taps is cases.input_taps)))
-
-    def keep(self, name: str, first_input: bool) -> Callable:
-        def hook(module, args, output):
-            self.kept.setdefault(name, args[0] if first_input else output)
-
-        return hook
-
-    def __enter__(self) -> Taps:
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def pairs(self) -> Pairs:
-        """Rows of the language model are compared where they are real, and not at all under left padding."""
-        pairs: Pairs = {}
-        for name, value in self.kept.items():
-            wanted = self.case.outputs[name]
-            if name not in self.language:
-                pairs[name] = value, wanted
-            elif not self.case.left_padded:
-                pairs[name] = self.case.real(value), self.case.real(wanted)
-        return pairs
+def cache_pair(case: Case, run: Run, name: str, final: bool, key: str) -> tuple[Tensor, Tensor]:
+    cache = (run.final_caches if final else run.caches).get(key)
+    if cache is None:
+        raise ValueError(f"{case.name}: {name} was recorded, but the model has no layer {key.split('.')[1]}")
+    lengths = [n + (case.steps - 1 if final else 0) for n in case.valid.sum(1).tolist()]
+    theirs = case.outputs[name].transpose(1, 2)
+    ours = torch.cat([cache[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)])
+    return ours, theirs.flatten(0, 1) if final else case.real(theirs)
 
 
-def tapped(name: str, taps: dict[str, str]) -> str | None:
-    """The module path of a recorded name: ``{}`` in a template stands for an index, ``{+1}`` for the index plus one."""
-    for template, path in taps.items():
-        pattern = re.escape(template).replace(r"\{\}", r"(\d+)").replace(r"\{\+1\}", r"(\d+)")
-        if m := re.fullmatch(pattern, name):
-            index = int(m[1]) - ("{+1}" in template) if m.groups() else 0
-            if index >= 0:
-                return path.format(index)
-    return None
+def sight_pair(case: Case, mean: str, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """What the rows see by their ids, beside what was recorded."""
+    sights = case.sights
+    assert sights is not None
+    beyond = max(sights.images) + 1
+    if mean == "out.fed.time":
+        assert case.fed is not None
+        return torch.tensor([sights.time(r) for r in sights.feed(case.fed)]), wanted.clamp(max=beyond)
+    seen, attends, sees = (case.real(x) for x in tensors(sights.rows, case.valid, sights.blocks))
+    ours = {
+        "out.sight.time": torch.tensor([t for r in sights.rows for t in sights.time(r)]),
+        "out.sight.seen": (seen & sees[:, None]).long(),
+        "out.sight.blind": (~attends).long(),
+        "out.sight.marker": torch.tensor([int(t == sights.info["image_id"]) for p in case.prompts for t in p]),
+    }[mean]
+    theirs = case.real(wanted)
+    return ours, theirs.clamp(max=beyond) if mean == "out.sight.time" else theirs.reshape(ours.shape)
 
 
-def embed(model: Model, case: Case, image_rows: Tensor | None) -> Tensor:
-    """The expanded batch ``[B, S, hidden]``: token rows, image rows, and zeros right of each sample's end."""
-    table = model.family.stages(model.module, 1)["embed"].module
-    embeds = table(case.ids)
-    if image_rows is not None:
-        visual = case.image_row >= 0
-        embeds[visual] = image_rows.flatten(0, 1)[case.image_row[visual]]
-    return embeds * (~case.filler)[..., None]
-
-
-def split_heads(model: Model, kept: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    caches = {}
-    for i, rows in enumerate(kept):
-        for kind, x in zip(("key", "value"), rows, strict=True):
-            caches[f"{kind}_cache.{i}"] = x.unflatten(2, (model.config.num_key_value_heads, -1)).transpose(1, 2)
-    return caches
-
-
-def decode(model: Model, case: Case, embeds: Tensor, run: Run, forced: bool) -> None:
-    """Greedy decoding without a cache: the whole sequence again for each token."""
-    table = model.family.stages(model.module, 1)["embed"].module
-    recorded = case.outputs.get("out.greedy.token_ids") if forced else None
-    visual = case.image_row >= 0
-    steps, ids = [], []
-    for step in range(case.steps):
-        logits, kept = model.module(embeds, visual)
-        steps.append(logits[:, -1])
-        ids.append(logits[:, -1].argmax(-1))
-        fed = ids[-1] if recorded is None else recorded[:, step]
-        embeds = torch.cat([embeds, table(fed[:, None])], 1)
-        visual = F.pad(visual, (0, 1))
-    run.steps, run.ids, run.final_caches = torch.stack(steps, 1), torch.stack(ids, 1), split_heads(model, kept)
+def value_pairs(case: Case, made: dict[str, Tensor], values: dict[str, str]) -> Pairs:
+    """Values of a Program whose names are given, beside what was recorded of them."""
+    pairs: Pairs = {}
+    for name, wanted in case.outputs.items():
+        value = made.get(values.get(case.mean(name), ""))
+        if value is not None and case.mean(name) in values:
+            rows = case.real(wanted) if values[case.mean(name)] == "text" else wanted
+            pairs[name] = value.reshape(rows.shape) if value.numel() == rows.numel() else value, rows
+    return pairs
 
 
 def encode(program: Program, pixel_values: Tensor | None) -> dict[str, Tensor]:

@@ -1,19 +1,41 @@
-"""A recorded case: a safetensors file of ``in.*`` and ``out.*`` tensors, made by running a reference implementation."""
+"""A recorded case: inputs and outputs of one run of a reference implementation, read from a safetensors file.
+
+A family says how its recordings are named (`mmopt.family.Cases`). The names used here, for all families:
+
+- ``in.input_ids``, ``in.attention_mask``, ``in.labels``, ``in.pixel_values``, ``in.images_list.*``, ``in.image.*``
+  (what the image stages take beside the pixels), ``in.*_rgb`` (pictures for the preprocessing);
+- ``in.more_ids`` (the end of the prompt), ``in.fed_ids`` (fed afterwards, one by one), ``in.before_ids`` (a text that
+  was read before: its images are there), ``in.seen`` (which image blocks each row sees);
+- ``out.prepare.*``, ``out.hidden.0``, ``out.logits``, ``out.loss``, ``out.kv_cache.*``; ``out.greedy.token_ids`` (also
+  ``_cached``, ``_nocache``), ``out.greedy.step_logits_cached`` and ``_nocache``, ``out.greedy.final_kv_cache.*``;
+- ``out.fed.logits``, ``out.fed.time``; ``out.sight.time`` (the number of the image that a row sees, 0: none),
+  ``out.sight.seen``, ``out.sight.blind`` (rows that get nothing), ``out.sight.marker``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmopt.beside import Sights, read_sights
+from mmopt.checkpoint import Model
+from mmopt.family import Cases, Recording
+
 IGNORE = -100  # a label that does not count in the loss
-KNOWN = r"in\.(input_ids|attention_mask|labels|pixel_values|images_list\.\d+|\w+_rgb)"
+KNOWN = re.compile(
+    r"in\.(input_ids|more_ids|fed_ids|before_ids|attention_mask|seen|labels|pixel_values|images_list\.\d+|image\.\w+"
+    r"|\w+_rgb)"
+)
+TOKEN_IDS = re.compile(r"out\.greedy\.token_ids(_cached|_nocache)?")
+STEP_LOGITS = re.compile(r"out\.greedy\.step_logits(_cached|_nocache)")
 
 
 @dataclass
@@ -21,11 +43,12 @@ class Case:
     """Recorded inputs and outputs, and the expanded batch that the prompts stand for.
 
     Expanded means that each image placeholder is replaced by its image's rows: ``[B, S]`` tensors, filled up on the
-    right to the longest sample. ``pixel_values`` ``[N, 3, H, W]`` are all images in order.
+    right to the longest sample. ``pixel_values`` ``[N, ...]`` are all images in order. Where images lie outside the
+    text, `sights` has what the rows see and the placeholders stay.
     """
 
     name: str
-    outputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]  # by recorded name
     pictures: dict[str, Tensor]  # recorded preprocessing: name -> uint8 [H, W, 3]
     pixel_values: Tensor | None = None
     prompts: list[list[int]] = field(default_factory=list)  # without padding, one placeholder for each image
@@ -36,6 +59,12 @@ class Case:
     filler: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))  # right of a sample's last id
     mask: Tensor | None = None
     labels: Tensor | None = None
+    means: dict[str, str] = field(default_factory=dict)  # recorded name -> name used here
+    eos_ids: tuple[int, ...] = ()
+    left_padding: bool = False  # the reference masks left padding rightly
+    sights: Sights | None = None
+    fed: Tensor | None = None  # [B, n] ids that are fed after the prompt
+    run: Callable[[Any], dict[str, Tensor]] | None = None  # instead of a prompt: module -> outputs by name used here
 
     @property
     def is_prompt(self) -> bool:
@@ -50,18 +79,64 @@ class Case:
         return bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
 
     @property
+    def misled(self) -> bool:
+        """The reference masked the wrong rows."""
+        return self.left_padded and not self.left_padding
+
+    @property
+    def goes_on(self) -> bool:
+        """What the reference decoded goes on from the last real row of each sample."""
+        return bool(self.valid[:, -1:].all()) and not self.misled
+
+    @property
     def used_pixels(self) -> Tensor | None:
         return self.pixel_values[self.used] if self.pixel_values is not None and self.used else None
 
     @property
     def steps(self) -> int:
         """Greedy tokens that were recorded."""
+        steps = 0
         for name, x in self.outputs.items():
-            if name == "out.greedy.token_ids" or name.startswith("out.greedy.step_logits_"):
-                return x.shape[1]
-            if name.startswith("out.greedy.final_kv_cache."):
-                return x.shape[2] - self.ids.shape[1] + 1
-        return 0
+            if TOKEN_IDS.fullmatch(self.mean(name)) or STEP_LOGITS.fullmatch(self.mean(name)):
+                steps = max(steps, x.shape[1])
+            if self.mean(name).startswith("out.greedy.final_kv_cache."):
+                steps = max(steps, x.shape[2] - self.ids.shape[1] + 1)
+        return steps
+
+    @property
+    def greedy_ids(self) -> Tensor | None:
+        """The longest of the recorded greedy ids ``[B, T]``."""
+        found = [x for k, x in self.outputs.items() if TOKEN_IDS.fullmatch(self.mean(k))]
+        return max(found, key=lambda x: x.shape[1], default=None)
+
+    @property
+    def markers_made(self) -> bool:
+        """Greedy decoding came upon an image marker, and went on."""
+        ids = self.greedy_ids
+        return self.sights is not None and ids is not None and bool((ids[:, :-1] == self.sights.info["image_id"]).any())
+
+    @property
+    def samples_touch(self) -> bool:
+        """In the reference a marker that was fed to one sample changes what the others see."""
+        fed = [x for x in (self.fed, self.greedy_ids) if x is not None]
+        return self.sights is not None and not all(self.sights.apart(x) for x in fed)
+
+    def live(self, x: Tensor) -> Tensor:
+        """The greedy steps of x ``[B, steps, ...]`` that count: a sample that ended is filled up with one id."""
+        ids, ended = self.greedy_ids, torch.zeros(x.shape[:2], dtype=torch.bool)
+        for b, row in enumerate([] if ids is None or len(ids) == 1 else ids.tolist()):
+            end = next((i for i, t in enumerate(row) if t in self.eos_ids), len(row))
+            if len(set(row[end + 1 :])) == 1:
+                ended[b, end + 1 :] = True
+        return x[~ended] if ended.any() else x
+
+    def mean(self, name: str) -> str:
+        """What a recorded name means, in the names used here."""
+        return self.means.get(name, name)
+
+    def recorded(self, mean: str) -> dict[str, Tensor]:
+        """Recorded outputs that mean this."""
+        return {k: x for k, x in self.outputs.items() if self.mean(k) == mean}
 
     def each(self, x: Tensor) -> list[Tensor]:
         """The real rows of x ``[B, S, ...]``, for each sample."""
@@ -74,51 +149,115 @@ class Case:
         return torch.cat(self.each(x))
 
 
-def read_cases(paths: Iterable[str | Path], checkpoint: Path | None, image_id: int, rows_per_image: int) -> list[Case]:
-    """Read recorded cases. The checkpoint's own weights among them are passed over, so that ``*.safetensors`` works.
+def cases_of(model: Model) -> Cases:
+    """How the recordings of a model's family are named."""
+    given = model.family.cases
+    return given(model.config) if callable(given) else given
 
-    Raises ValueError that names a file that is no case, or an input that is not known.
+
+def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
+    """`read_cases` for a loaded model."""
+    cross = model.family.cross
+    info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
+    stages = model.family.stages(model.module, 1)
+    dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
+    cases = read_cases(
+        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1
+    )
+    eos = model.config.eos_token_id
+    for case in cases:
+        case.eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    return cases
+
+
+def read_cases(
+    paths: Iterable[str | Path],
+    checkpoint: Path | None,
+    image_id: int,
+    rows_per_image: int,
+    layout: Cases | None = None,
+    info: dict[str, Any] | None = None,
+    image_dims: int = 3,
+) -> list[Case]:
+    """Read recorded cases; a file of several runs gives several, all of its name.
+
+    `layout`: of the family, by default names as used here. `info`: of `mmopt.sight`, if images lie outside the text.
+    `image_dims`: dimensions of an image. The checkpoint's own weights among the files are passed over, so that
+    ``*.safetensors`` works. Raises ValueError that names a file that is no case, or an input that is not known.
     """
-    files = [Path(p) for p in paths]
-    cases = []
+    files, cases = [Path(p) for p in paths], []
+    layout = layout or Cases({}, {}, {}, 0, 0)
     for path in files:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{path}: cannot be read as a safetensors file ({e})") from e
-        foreign = [k for k in tensors if not k.startswith(("in.", "out."))]
-        if checkpoint and len(foreign) == len(tensors) and path.parent.resolve() == checkpoint.resolve():
+        runs = [(r, names) for r in layout.recordings if (names := _held(r, tensors))]
+        if not runs and checkpoint and path.parent.resolve() == checkpoint.resolve():
             continue
-        if foreign or not any(k.startswith("out.") for k in tensors):
-            seen = ", ".join(foreign[:5]) or "no out.*"
-            raise ValueError(f"{path}: not a recorded case: expected tensors named in.* and out.*, found {seen}")
-        same = sum(p.stem == path.stem for p in files) > 1
-        cases.append(_case(str(path) if same else path.stem, tensors, image_id, rows_per_image))
+        if not runs:
+            wanted = " and ".join(layout.recordings[0].names)
+            seen = ", ".join(list(tensors)[:5]) or "none"
+            raise ValueError(f"{path}: not a recorded case: expected tensors named {wanted}, found {seen}")
+        name = str(path) if sum(p.stem == path.stem for p in files) > 1 else path.stem
+        rest = sorted(set(tensors) - {k for _, names in runs for k in names})
+        runs[0][1].update({k: k for k in rest})
+        for recording, names in runs:
+            unknown = sorted(k for k, c in names.items() if c.startswith("in.") and not KNOWN.fullmatch(c))
+            if unknown and recording.run is None:
+                raise ValueError(f"{name}: unknown input {', '.join(unknown)}")
+            given = {c: tensors[k] for k, c in names.items() if c.startswith("in.")}
+            outputs = {k: tensors[k] for k, c in names.items() if not c.startswith("in.") or c == "in.seen"}
+            means = {k: c.replace("in.seen", "out.sight.seen") for k, c in names.items() if k in outputs}
+            case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
+            if recording.run is not None:
+                case.run = _bound(recording, given, outputs, means)
+            elif info is None:
+                _among(case, given, image_id, rows_per_image)
+            else:
+                _apart(case, given, info, image_dims, layout.tiles)
+            cases.append(case)
     if not cases:
         raise ValueError("no recorded case was given")
     return cases
 
 
-def _case(name: str, tensors: dict[str, Tensor], image_id: int, rows_per_image: int) -> Case:
-    given = {k: v for k, v in tensors.items() if k.startswith("in.")}
-    unknown = sorted(k for k in given if not re.fullmatch(KNOWN, k))
-    if unknown:
-        raise ValueError(f"{name}: unknown input {', '.join(unknown)}")
-    outputs = {k: v for k, v in tensors.items() if k.startswith("out.")}
-    pictures = {k[3 : -len("_rgb")]: v for k, v in given.items() if k.endswith("_rgb")}
+def _held(recording: Recording, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Names of a file that belong to a recording -> their meaning; empty if the file does not hold it."""
+    names = {}
+    for k in tensors:
+        for pattern, meaning in recording.names.items():
+            if m := re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), k):
+                names[k] = meaning.replace("*", m[1]) if m.groups() else meaning
+                break
+    held = set(names.values())
+    inputs = {c for c in held if c.startswith("in.")}
+    whole = set(recording.needs) <= held if recording.needs else bool(inputs)
+    return names if whole and held - inputs else {}
+
+
+def _bound(recording: Recording, given: dict, outputs: dict, means: dict) -> Callable[[Any], dict[str, Tensor]]:
+    run, tensors = recording.run, given | {means[k]: x for k, x in outputs.items()}
+    return lambda module: run(module, tensors)  # type: ignore[misc]
+
+
+def _among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_image: int) -> None:
+    """A case whose images lie among the rows of the text, or one of images alone."""
+    case.pictures = {k[3 : -len("_rgb")]: v for k, v in given.items() if k.endswith("_rgb")}
     listed = sorted((k for k in given if k.startswith("in.images_list.")), key=lambda k: int(k.rsplit(".", 1)[1]))
     # What one placeholder stands for: one image, or in a list (or a 5-D tensor) a stack of several.
     stacks = [given[k] for k in listed]
     if (pixels := given.get("in.pixel_values")) is not None:
         if stacks or pixels.dim() not in (4, 5):
-            raise ValueError(f"{name}: expected in.pixel_values of 4 or 5 dimensions or in.images_list.*, not both")
+            raise ValueError(
+                f"{case.name}: expected in.pixel_values of 4 or 5 dimensions or in.images_list.*, not both"
+            )
         stacks = list(pixels) if pixels.dim() == 5 else [x[None] for x in pixels]
-    case = Case(name, outputs, pictures, torch.cat(stacks) if stacks else None)
+    case.pixel_values = torch.cat(stacks) if stacks else None
     if "in.input_ids" in given:
         _expand(case, given, [len(s) for s in stacks], image_id, rows_per_image)
-    elif not stacks and not pictures:
-        raise ValueError(f"{name}: expected in.input_ids, images or in.*_rgb, found {', '.join(given) or 'no in.*'}")
-    return case
+    elif not stacks and not case.pictures:
+        raise ValueError(f"{case.name}: expected in.input_ids, images or in.*_rgb, found {', '.join(given)}")
 
 
 def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, rows_per_image: int) -> None:
@@ -160,3 +299,29 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
     if mask is not None:  # the reference adds the ones of inserted rows on the left end
         ones = [[1] * (len(rows) - ids.shape[1]) + m for rows, m in zip(samples, mask.tolist(), strict=True)]
         case.mask = torch.tensor([m + [0] * (length - len(m)) for m in ones], dtype=mask.dtype)
+
+
+def _apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image_dims: int, tiles: str | None) -> None:
+    """A case whose images lie outside the text: markers are rows of the text like others."""
+    if "in.input_ids" not in given:
+        raise ValueError(f"{case.name}: expected ids of a prompt, found {', '.join(given) or 'no input'}")
+    ids = torch.cat([given["in.input_ids"], *([given["in.more_ids"]] if "in.more_ids" in given else [])], 1)
+    mask = given.get("in.attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"{case.name}: expected an attention mask of shape {tuple(ids.shape)}, found {tuple(mask.shape)}"
+        )
+    case.valid, case.mask, case.fed = mask.bool(), mask, given.get("in.fed_ids")
+    case.ids = ids * case.valid
+    case.prompts = [row.tolist() for row in case.each(ids)]
+    case.image_row, case.filler = torch.full_like(ids, -1), torch.zeros_like(case.valid)
+    if (pixels := given.get("in.pixel_values")) is not None:
+        lead = pixels.shape[: pixels.dim() - image_dims]
+        if len(lead) < 2 or lead[0] != len(ids) or set(lead[2:]) - {1}:
+            raise ValueError(
+                f"{case.name}: expected images [{len(ids)}, images, ...] with {image_dims} dimensions for each and one "
+                f"frame, found {tuple(pixels.shape)}"
+            )
+        case.pixel_values = pixels.flatten(0, len(lead) - 1)
+        case.used = list(range(len(case.pixel_values)))
+    case.sights = read_sights(case.name, case.prompts, case.valid, given, case.pixel_values, info, tiles)

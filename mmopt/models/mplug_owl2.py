@@ -561,5 +561,15 @@ FAMILY = Family(
     image_marker=IMAGE_MARKER,
     image_processing=image_processing,
     chat={"user": "USER: ", "assistant": "ASSISTANT:", "separator": " ", "end": "</s>", "image": IMAGE_MARKER},
-    cases=Cases(VISION_TAPS, INPUT_TAPS, LANGUAGE_TAPS, atol=2e-4, rtol=1e-4),
+    cases=Cases(
+        VISION_TAPS,
+        INPUT_TAPS,
+        LANGUAGE_TAPS,
+        atol=2e-4,
+        rtol=1e-4,
+        values={
+            "out.vision.last_hidden_state": "vision_rows",
+            "out.abstractor.last_hidden_state": "image_rows",
+        },
+    ),
 )

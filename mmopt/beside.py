@@ -1,0 +1,133 @@
+"""Images outside the text in recorded cases: what their rows see, by their ids and by recorded masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmopt.sight import Before, Seen, Sight, masks
+
+
+@dataclass
+class Sights:
+    """The images of each prompt and what its rows see.
+
+    rows: for each prompt what its rows see, as follows from its ids. given: the same as the case says, where that is
+    something else. after: the sights that the prompts leave. images, inputs, tiles, before: of `Program.__call__`.
+    """
+
+    info: dict[str, Any]
+    images: list[int]
+    inputs: dict[str, Tensor]
+    tiles: list[int] | None
+    before: list[int]
+    rows: list[list[Seen]]
+    after: list[Sight]
+    given: list[list[Seen]] | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the sample with most images."""
+        return max(self.images) * self.info["cross"]["blocks"]
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of a call of a Program."""
+        made: dict[str, Any] = {"images": self.images, "before": self.before, "tiles": self.tiles}
+        return made | {"image_inputs": self.inputs or None}
+
+    def last(self) -> list[Sight]:
+        """Fresh sights, to go on after the prompts."""
+        made = [copy.copy(s) for s in self.after]
+        for sight, rows in zip(made, self.given or self.rows, strict=True):
+            sight.now = rows[-1]
+        return made
+
+    def feed(self, ids: Tensor) -> list[list[Seen]]:
+        """What ids ``[B, n]`` see that are fed one by one, as the reference has it.
+
+        There a marker in one sample makes the others lose their images; in `mmopt.sight` samples do not touch.
+        """
+        sights, rows = self.last(), [[] for _ in self.images]  # type: list[Sight], list[list[Seen]]
+        for column in ids.T.tolist():
+            if self.info["cross"]["reset"] and self.info["image_id"] in column:
+                for s in sights:
+                    s.now = None
+            for b, token in enumerate(column):
+                rows[b].append(sights[b].decode(token))
+        return rows
+
+    def apart(self, ids: Tensor) -> bool:
+        """Whether samples that are fed these ids do not touch each other."""
+        alone = [[s.decode(t) for t in row] for s, row in zip(self.last(), ids.tolist(), strict=True)]
+        return same(alone, self.feed(ids), self.blocks)
+
+    def reread(self, ids: Tensor) -> list[list[Seen]]:
+        """What ids ``[B, n]`` see if they are read as the end of the prompts, without a cache."""
+        if not self.info["cross"]["reset"]:  # the reference hands the last row of a mask on
+            return self.feed(ids)
+        return [s.read(row) for s, row in zip(self.last(), ids.tolist(), strict=True)]
+
+    def time(self, rows: Sequence[Seen]) -> list[int]:
+        """The number of the image that each row sees; 0 for none, one more than there are for a marker without."""
+        blocks, beyond = self.info["cross"]["blocks"], max(self.images) + 1
+        return [0 if r is None else r[0] // blocks + 1 if r else beyond for r in rows]
+
+
+def same(a: Sequence[Sequence[Seen]], b: Sequence[Sequence[Seen]], blocks: int) -> bool:
+    pairs = zip((masks(r, blocks) for r in a), (masks(r, blocks) for r in b), strict=True)
+    return all(np.array_equal(x, y) for m, n in pairs for x, y in zip(m, n, strict=True))
+
+
+def read_sights(
+    name: str,
+    prompts: list[list[int]],
+    valid: Tensor,
+    given: dict[str, Tensor],
+    pixels: Tensor | None,
+    info: dict[str, Any],
+    tiles_name: str | None,
+) -> Sights:
+    """From the inputs of a case. `tiles_name`: the image input whose ones count the blocks of an image."""
+    batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
+    inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}
+    for k, x in inputs.items():
+        if len(x) != batch * count:
+            raise ValueError(f"{name}: expected {k} for each of {batch * count} images, found {len(x)}")
+    tiles = None
+    if tiles_name in inputs:
+        tiles = inputs[tiles_name].sum(-1).clamp(min=1).tolist()  # an image that fills up a sample has one, unseen
+    earlier = given.get("in.before_ids")
+    before = [0] * batch if earlier is None else (earlier == info["image_id"]).sum(1).tolist()
+    after, rows = [], []
+    for b, prompt in enumerate(prompts):
+        own = None if tiles is None else tiles[b * count : (b + 1) * count]
+        after.append(Sight(info, count, own, before[b]))
+        rows.append(after[-1].read(prompt))
+    sights = Sights(info, [count] * batch, inputs, tiles, before, rows, after)
+    if (seen := given.get("in.seen")) is not None:
+        seen = seen.flatten(2)
+        if seen.shape != (*valid.shape, sights.blocks):
+            wanted = (*valid.shape, sights.blocks)
+            raise ValueError(f"{name}: expected a mask of images of shape {wanted}, found {tuple(seen.shape)}")
+        nothing: Seen = Before(range(sights.blocks)) if info["cross"]["before"] == "everything" else None
+        said = [[tuple(row.nonzero().flatten().tolist()) or nothing for row in seen[b, valid[b]]] for b in range(batch)]
+        if not same(said, rows, sights.blocks):
+            sights.given = said
+    return sights
+
+
+def tensors(samples: Sequence[Sequence[Seen]], valid: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """seen ``[B, S, blocks]``, attends ``[B, S]`` and sees ``[B, S]``; rows of padding (not valid) see nothing."""
+    seen = torch.zeros(*valid.shape, max(1, blocks), dtype=torch.bool)
+    attends, sees = torch.zeros_like(valid), torch.zeros_like(valid)
+    for b, rows in enumerate(samples):
+        made = [torch.from_numpy(m) for m in masks(rows, max(1, blocks))]
+        seen[b, valid[b]], attends[b, valid[b]], sees[b, valid[b]] = made
+    return seen, attends, sees

@@ -212,6 +212,17 @@ class CrossModel(nn.Module):
         return self.decode_rows(x, angles, media, (seen, attends, sees), [attend] * c.num_hidden_layers)
 
 
+RECORDED = {  # names of recorded runs: keyword arguments of the library's forward, and what came out
+    "in.input_ids": "in.input_ids",
+    "in.attention_mask": "in.attention_mask",
+    "in.pixel_values": "in.pixel_values",
+    "logits": "out.logits",
+    "act.*": "act.*",
+    "generated_ids_*": "out.greedy.token_ids_*",
+    "gen_logits_*": "out.greedy.step_logits_*",
+}
+
+
 # ------------------------------------------------------------------------------------------------------------- stages
 class LanguageModel(nn.Module):
     """Rows of text on top of a cache, and what they see."""

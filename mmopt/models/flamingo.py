@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt import ops
-from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec, read_config
+from mmopt.family import Cross, Family, StageSpec, TensorSpec, read_config
 from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._decoders import ACTIVATIONS, Decoder
+from mmopt.models._flamingo_cases import cases
 from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
 
 
@@ -388,8 +389,6 @@ def image_processing(config: Config, preprocessor: dict) -> dict:
     }
 
 
-VISION_TAPS = {"act.vit.block{}": "vision_encoder.transformer.resblocks.{}", "act.vit.tokens": "vision_encoder"}
-
 FAMILY = Family(
     name="flamingo",
     architectures=("Flamingo",),
@@ -403,7 +402,7 @@ FAMILY = Family(
     image_marker=IMAGE,
     image_processing=image_processing,
     chat={"user": "", "assistant": "", "separator": "", "end": END_OF_CHUNK, "image": IMAGE},
-    cases=Cases(VISION_TAPS, {}, {}, atol=1e-4, rtol=1e-4),
+    cases=cases,
     cross=lambda c: Cross(blocks=1, rows=c.perceiver.num_latents, width=c.vision.width, reset=True),
     recognises=lambda raw: isinstance(raw.get("model"), dict) and "perceiver" in raw["model"],
     weight_key=r"^(module\.)*(perceiver\.latents$|lang_encoder\..*gated_cross_attn_layer)",

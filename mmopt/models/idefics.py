@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt import ops
-from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec
+from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
 from mmopt.models._transformers import (
+    RECORDED,
     Adopted,
     CrossAttention,
     CrossModel,
@@ -270,6 +271,16 @@ FAMILY = Family(
         "end": END_OF_UTTERANCE + "\n",
         "image": FAKE_TOKEN + IMAGE_MARKER + FAKE_TOKEN,
     },
-    cases=Cases(VISION_TAPS, {}, LANGUAGE_TAPS, atol=1e-4, rtol=1e-4),
+    cases=Cases(
+        VISION_TAPS,
+        {},
+        LANGUAGE_TAPS,
+        atol=1e-4,
+        rtol=1e-4,
+        recordings=(Recording(RECORDED | {"in.image_attention_mask": "in.seen"}, needs=("in.input_ids",)),),
+        values={"act.vision.out": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"},
+        zeroed=("act.xattn{}.attn_pregate",),
+        left_padding=True,
+    ),
     cross=lambda config: config.cross,
 )

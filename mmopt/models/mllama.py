@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt.family import Cases, Cross, Family, StageSpec, TensorSpec
+from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
 from mmopt.models._transformers import (
+    RECORDED,
     Adopted,
     CrossAttention,
     CrossModel,
@@ -245,6 +246,21 @@ FAMILY = Family(
         "end": "<|eot_id|>",
         "image": IMAGE_MARKER,
     },
-    cases=Cases(VISION_TAPS, {}, LANGUAGE_TAPS, atol=1e-4, rtol=1e-4),
+    cases=Cases(
+        VISION_TAPS,
+        {},
+        LANGUAGE_TAPS,
+        atol=1e-4,
+        rtol=1e-4,
+        recordings=(
+            Recording(
+                RECORDED | {"in.cross_attention_mask": "in.seen", "in.aspect_ratio_*": "in.image.aspect_ratio_*"},
+                needs=("in.input_ids",),
+            ),
+        ),
+        values={"act.vision.out": "vision_rows", "act.projector.out": "image_rows", "act.lm.embed": "text"},
+        tiles="aspect_ratio_mask",
+        left_padding=True,
+    ),
     cross=lambda config: config.cross,
 )

@@ -1,0 +1,154 @@
+"""How recorded runs of OpenFlamingo are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmopt.family import Cases, Recording
+from mmopt.models._decoders import KINDS
+
+VISION_TAPS = {
+    "act.vit.block{}": "vision_encoder.transformer.resblocks.{}",
+    "act.vit.tokens": "vision_encoder",
+    "act.vit.tokens_ln_post": "vision_encoder.ln_post",
+    "act.perceiver.layer{}.attn_out": "perceiver.layers.{}.0",
+    "act.perceiver.layer{}.ff_out": "perceiver.layers.{}.1",
+    "act.perceiver.out": "perceiver",
+}
+LANGUAGE_TAPS = {  # below `lang_encoder`
+    "act.lm.embed": "{embed}",
+    "act.xattn{}.attn_pregate": "{blocks}.{}.gated_cross_attn_layer.attn",
+    "act.xattn{}.ff_pregate": "{blocks}.{}.gated_cross_attn_layer.ff",
+    "act.xattn{}.out": "{blocks}.{}.gated_cross_attn_layer",
+    "act.lm.layer{}.out": "{blocks}.{}.decoder_layer",
+    "act.lm.final_norm": "{norm}",
+}
+FORWARD = Recording(
+    {
+        "vision_x": "in.pixel_values",
+        "lang_x": "in.input_ids",
+        "attention_mask": "in.attention_mask",
+        "logits": "out.logits",
+        "act.*": "act.*",
+        "generated_ids_*": "out.greedy.token_ids_*",
+        "gen_logits_*": "out.greedy.step_logits_*",
+        "mask.text_time": "out.sight.time",
+        "mask.text_to_image_mask": "out.sight.seen",
+        "mask.row_without_media": "out.sight.blind",
+        "mask.media_locations": "out.sight.marker",
+    },
+    needs=("in.input_ids",),
+)
+FED = Recording(  # a prompt, then ids fed on top of its cache
+    {
+        "vision_x": "in.pixel_values",
+        "prompt_lang_x": "in.input_ids",
+        "prompt_logits": "out.logits",
+        "continuation_lang_x": "in.fed_ids",
+        "text_only_logits_with_past_*": "out.fed.logits",
+        "decode_ids": "in.fed_ids",
+        "decode_logits": "out.fed.logits",
+        "decode_text_time": "out.fed.time",
+    },
+    needs=("in.input_ids", "in.fed_ids"),
+)
+NO_PAST = Recording(  # the images of a prompt are there, but the text starts anew
+    {
+        "vision_x": "in.pixel_values",
+        "prompt_lang_x": "in.before_ids",
+        "continuation_lang_x": "in.input_ids",
+        "text_only_logits_no_past": "out.logits",
+        "use_cached_text_time": "out.sight.time",
+        "no_past.*": "*",
+    },
+    needs=("in.before_ids", "in.input_ids"),
+)
+WHOLE = Recording(
+    {
+        "vision_x": "in.pixel_values",
+        "prompt_lang_x": "in.input_ids",
+        "continuation_lang_x": "in.more_ids",
+        "full_sequence_logits": "out.logits",
+    },
+    needs=("in.input_ids", "in.more_ids"),
+)
+
+
+def resample_frames(module: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A resampler of its own weights, with time embeddings, on several frames for each image.
+
+    The file does not say how many heads there are. All numbers are tried, and the one that fits ``first_frame`` best is
+    taken: so this value tells little, and ``rows`` tells all.
+    """
+    weights = {k.removeprefix("in.weights."): x for k, x in given.items() if k.startswith("in.weights.")}
+    weights = {k: x.to(module.perceiver.latents.dtype) for k, x in weights.items()}
+    frames = given["in.frames"].to(module.perceiver.latents.dtype)
+    batch, images, count = frames.shape[:3]
+    rows = module.vision_encoder(frames.flatten(0, 2))
+    rows = rows.view(batch * images, count, *rows.shape[1:])
+    number = torch.arange(images).repeat(batch)
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(0, (batch, images))
+
+    made = {"out.video.vision_rows": split(rows), "out.video.plain": split(module.perceiver(rows.flatten(1, 2)))}
+    if not weights:
+        return made
+    inner, width = weights["layers.0.0.to_q.weight"].shape
+    sizes = {"max_num_frames": "frame_embs", "max_num_media": "media_time_embs", "num_latents": "latents"}
+    config = replace(
+        module.config.perceiver,
+        depth=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers.")),
+        ff_mult=weights["layers.0.1.1.weight"].shape[0] // width,
+        **{k: len(weights[name]) if name in weights else None for k, name in sizes.items()},
+    )
+    tried = []
+    for heads in (h for h in range(1, inner + 1) if inner % h == 0):
+        own = type(module.perceiver)(width, replace(config, heads=heads, dim_head=inner // heads)).to(rows.dtype)
+        own.load_state_dict(weights)
+        first, every = own(rows[:, 0], 1, number), own(rows.flatten(1, 2), count, number)
+        tried.append({"out.video.first_frame": split(first), "out.video.rows": split(every)})
+    known = next((k for k in tried[0] if k in given), None)
+    return made | min(tried, key=lambda x: 0.0 if known is None else float((x[known] - given[known]).abs().max()))
+
+
+VIDEO = Recording(
+    {
+        "frames": "in.frames",
+        "weights.perceiver.*": "in.weights.*",
+        "vit_tokens": "out.video.vision_rows",
+        "main_perceiver_out": "out.video.plain",
+        "out_first_frame_only": "out.video.first_frame",
+        "out": "out.video.rows",
+    },
+    needs=("in.frames",),
+    run=resample_frames,
+)
+
+
+def cases(config: Any) -> Cases:
+    kind = KINDS[config.lm.kind]
+
+    def path(template: str) -> str:
+        for part in ("embed", "blocks", "norm"):
+            template = template.replace(f"{{{part}}}", getattr(kind, part))
+        return f"lang_encoder.{template}"
+
+    return Cases(
+        VISION_TAPS,
+        {},
+        {name: path(template) for name, template in LANGUAGE_TAPS.items()},
+        atol=1e-4,
+        rtol=1e-4,
+        recordings=(FORWARD, FED, NO_PAST, WHOLE, VIDEO),
+        values={"act.vit.tokens": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"},
+        left_padding=True,
+        unread={
+            "act.vit.pooled": "no one reads the class row that the vision tower would pool",
+            "act.vit.tokens_ln_post": "made with the option ln_post alone",
+        },
+    )

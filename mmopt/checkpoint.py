@@ -94,10 +94,8 @@ def load(
     config = family.parse_config(given.config)
     with torch.device("meta"):
         module = family.build(config)
-    _assign(family, config, module, given, checkpoint.path)
+    _assign(family, config, module, given, checkpoint.path, None if dtype is None else _dtype(dtype))
     module.eval().requires_grad_(False)
-    if dtype is not None:
-        _convert(module, _dtype(dtype))
     directory = checkpoint.path if checkpoint.config else None
     return Model(family, config, given.config, module, directory, tokenizer=given.tokenizer, arguments=arguments)
 
@@ -191,7 +189,9 @@ def _place(name: str) -> Path:
     return directory
 
 
-def _assign(family: Family, config: Any, module: nn.Module, given: Assembled, path: Path) -> None:
+def _assign(
+    family: Family, config: Any, module: nn.Module, given: Assembled, path: Path, dtype: torch.dtype | None
+) -> None:
     tensors = dict(given.tensors)
 
     def where(key: str) -> str:
@@ -219,9 +219,10 @@ def _assign(family: Family, config: Any, module: nn.Module, given: Assembled, pa
     if problems:
         shown = "\n  ".join(problems[:200]) + (f"\n  and {len(problems) - 200} more" if len(problems) > 200 else "")
         raise CheckpointError(f"{path}: the weights do not fit config.json:\n  {shown}")
-    kinds = {v.dtype for v in tensors.values()}
-    if len(kinds) > 1:  # mixed files (norms kept in float32, say): compute in float32, as promotion would
-        tensors = {k: v.to(torch.float32) for k, v in tensors.items()}
+    if dtype is None and len({v.dtype for v in tensors.values()}) > 1:
+        dtype = torch.float32  # mixed files (norms kept in float32, say): compute in float32, as promotion would
+    if dtype is not None:  # computed buffers (positions, frequencies) stay float32
+        tensors = {k: v.to(dtype) for k, v in tensors.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     if tied:
         module.tie_weights()
@@ -233,14 +234,3 @@ def _tied(module: nn.Module) -> dict[str, list[str]]:
     for k, p in module.state_dict(keep_vars=True).items():
         groups.setdefault(id(p), []).append(k)
     return {k: names for names in groups.values() if len(names) > 1 for k in names}
-
-
-def _convert(module: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters to dtype; computed buffers (positions, frequencies) stay float32."""
-    done: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for key, p in list(owner._parameters.items()):
-            if p is not None:
-                if id(p) not in done:
-                    done[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
-                owner._parameters[key] = done[id(p)]

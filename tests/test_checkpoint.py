@@ -242,7 +242,7 @@ def test_foreign_directories(tmp_path):
 
 
 def test_unknown_names_of_configs():
-    with pytest.raises(CheckpointError, match="neither a file nor one of mplug-owl2-7b, mplug-owl2-mid"):
+    with pytest.raises(CheckpointError, match=r"neither a file nor one of .*mplug-owl2-7b, mplug-owl2-mid"):
         from_config("gigantic")
     assert {"mplug-owl2-7b", "mplug-owl2-mid", "mplug-owl2-tiny"} <= set(shipped_configs())
 

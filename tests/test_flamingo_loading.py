@@ -226,7 +226,9 @@ def test_open_clip_directory(files, whole, full, tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
     written(folder / "open_clip_model.safetensors", {f"visual.{k}": v for k, v in tower(full).items()})
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True, "vision_cfg": {}}}))
+    told = {"quick_gelu": True, "vision_cfg": {"width": 32, "head_width": 16}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}))
+    del files["vision_heads"]
     assert_same(mmopt.load(**files | {"vision": folder}), whole)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {}}}))
     assert mmopt.load(**files | {"vision": folder}).config.vision.act == "gelu"
@@ -399,7 +401,7 @@ SHIPPED = {
     "openflamingo-3b": (2559, 1311, 881, 63),
     "openflamingo-4b": (4040, 2775, 898, 63),
     "openflamingo-9b": (8131, 6649, 1116, 63),
-    "openflamingo-mid": (132, 64, 51, 9),
+    "openflamingo-mid": (121, 64, 43, 6),
     "openflamingo-tiny": (1, 0, 0, 0),
 }
 

@@ -48,7 +48,7 @@ def assemble(checkpoint: Weights, language_model: Weights | None, vision: Weight
     _add(made, checkpoint, {k: official(k, kind) for k in checkpoint.tensors})
     tables = [f"lang_encoder.{name}.weight" for name in (KINDS[kind].embed, KINDS[kind].head)]
     held = [made.tensors[t].shape[0] for t in tables if t in made.tensors]
-    tokenizer = _tokenizer(checkpoint, language_model)
+    tokenizer = _tokenizer(checkpoint, language_model) if language_model is not None else None
     given = _model(checkpoint)
     vocab = given.get("vocab_size_after_resize") or options.get("vocab_size") or (held[0] if held else None)
     if vocab is None:
@@ -71,7 +71,7 @@ def assemble(checkpoint: Weights, language_model: Weights | None, vision: Weight
         model = _sizes(made.tensors, KINDS[kind].blocks, clip, checkpoint.path)
         model |= {"lm": {"type": kind, "hf_config": lm}, "vocab_size_after_resize": vocab}
         made.config = {"model": model | _special_ids(tokenizer, language_model, vocab)}
-        made.tokenizer = tokenizer.to_str() if tokenizer is not None else None
+    made.tokenizer = tokenizer.to_str() if tokenizer is not None else None
     _tell(made.config.get("model", made.config), options)
     return made
 
@@ -143,8 +143,8 @@ def _resize(made: Assembled, tables: list[str], vocab: int) -> None:
         rows = made.tensors[name].shape[0] if name in made.tensors else vocab
         if rows < vocab:
             made.problems.append(
-                f"{name}: {vocab} rows are needed, {made.files[name]} has {rows}, and the checkpoint does not hold "
-                "the table; pass vocab_size= if the tokens that were added are not used"
+                f"{name}: {vocab} rows are needed, {made.files[name]} has {rows}; those of the added tokens are in no "
+                "file (the reference draws them at random when it loads)"
             )
         elif rows > vocab:
             made.tensors[name] = made.tensors[name][:vocab]
@@ -193,7 +193,11 @@ def _open_clip_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     model = read_json(file).get("model_cfg") or {}
-    return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    made: dict[str, Any] = {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    vision = model.get("vision_cfg") or {}
+    if "width" in vision:
+        made["heads"] = vision["width"] // vision.get("head_width", DIM_HEAD)
+    return made
 
 
 def _library_tower(weights: Weights, keys: dict[str, str], prefix: str) -> tuple[Weights, dict[str, Any]]:

@@ -337,7 +337,7 @@ class Run:
 def _digest(*arrays: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for x in arrays:
-        digest.update(np.ascontiguousarray(x))
+        digest.update(np.ascontiguousarray(x).data)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ class TileProcessor:
     ratios: canvases that an image may be put on, (tiles high, tiles wide). tiles: places for tiles that an image has.
     resample: "nearest", "bilinear", "bicubic" or "lanczos".
 
-    The arithmetic is that of MllamaImageProcessor in transformers 5.
+    The arithmetic is that of the image processor of Llama 3.2 Vision in transformers 5.
     """
 
     size: int

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmopt.sight import Before, Seen, Sight, masks
+
+if TYPE_CHECKING:
+    from mmopt.recorded import Case
 
 
 @dataclass
@@ -85,16 +88,37 @@ def same(a: Sequence[Sequence[Seen]], b: Sequence[Sequence[Seen]], blocks: int) 
     return all(np.array_equal(x, y) for m, n in pairs for x, y in zip(m, n, strict=True))
 
 
-def read_sights(
-    name: str,
-    prompts: list[list[int]],
-    valid: Tensor,
-    given: dict[str, Tensor],
-    pixels: Tensor | None,
-    info: dict[str, Any],
-    tiles_name: str | None,
-) -> Sights:
-    """From the inputs of a case. `tiles_name`: the image input whose ones count the blocks of an image."""
+def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image_dims: int, tiles: str | None) -> None:
+    """A case whose images lie outside the text: markers are rows of the text like others.
+
+    `image_dims`: dimensions of an image. `tiles`: the image input whose ones count the blocks of an image.
+    """
+    if "in.input_ids" not in given:
+        raise ValueError(f"{case.name}: expected ids of a prompt, found {', '.join(given) or 'no input'}")
+    ids = torch.cat([given["in.input_ids"], *([given["in.more_ids"]] if "in.more_ids" in given else [])], 1)
+    mask = given.get("in.attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"{case.name}: expected an attention mask of shape {tuple(ids.shape)}, found {tuple(mask.shape)}"
+        )
+    case.valid, case.mask, case.fed = mask.bool(), mask, given.get("in.fed_ids")
+    case.ids = ids * case.valid
+    case.prompts = [row.tolist() for row in case.each(ids)]
+    case.image_row, case.filler = torch.full_like(ids, -1), torch.zeros_like(case.valid)
+    if (pixels := given.get("in.pixel_values")) is not None:
+        lead = pixels.shape[: pixels.dim() - image_dims]
+        if len(lead) < 2 or lead[0] != len(ids) or set(lead[2:]) - {1}:
+            raise ValueError(
+                f"{case.name}: expected images [{len(ids)}, images, ...] with {image_dims} dimensions for each and one "
+                f"frame, found {tuple(pixels.shape)}"
+            )
+        case.pixel_values = pixels.flatten(0, len(lead) - 1)
+        case.used = list(range(len(case.pixel_values)))
+    case.sights = read_sights(case, given, info, tiles)
+
+
+def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tiles_name: str | None) -> Sights:
+    name, prompts, valid, pixels = case.name, case.prompts, case.valid, case.pixel_values
     batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
     inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}
     for k, x in inputs.items():

@@ -173,8 +173,6 @@ def _why_not_at(model: Model, point: str, case: Case, half: bool) -> str | None:
         return f"{str(model.dtype).removeprefix('torch.')} is compared at model and program only"
     if point == "model":
         return None
-    if case.run is not None:
-        return "no Program is made of what these inputs go through"
     if case.sights is None and any(p[-1] == model.image_id for p in case.prompts if p):
         return "a prompt ends with an image, which a Program refuses"
     if case.sights and case.sights.given:
@@ -227,6 +225,8 @@ def _why_not(model: Model, point: str, case: Case, recorded: str) -> str:
     layout, name = cases_of(model), case.mean(recorded)
     if name in layout.unread:
         return layout.unread[name]
+    if case.run is not None and point != "model":
+        return "no Program is made of what these inputs go through"
     taps = (layout.vision_taps, layout.input_taps, layout.language_taps)
     known = re.fullmatch(RECORDED, name) or any(re.fullmatch(f"out\\.{re.escape(p)}_.*", name) for p in case.pictures)
     if not known and not any(tapped(name, t) for t in taps):

@@ -150,12 +150,16 @@ class Decoder:
         """
         rows = Tensor.zeros((len(pixels), *self.rows_shape), self.dtype, self.language.device)
         for i in range(len(pixels)):
-            values = {"pixel_values": Tensor.of(pixels[i : i + 1], self.dtype)}
-            for name, x in (inputs or {}).items():
-                values[name] = Tensor.of(np.asarray(x)[i : i + 1], "int64")
-            values["image_rows"] = rows[i : i + 1]
-            self._run_calls(self._encode_calls, values)
+            own = {name: np.asarray(x)[i : i + 1] for name, x in (inputs or {}).items()}
+            self.image_values(pixels[i : i + 1], own, image_rows=rows[i : i + 1])
         return rows
+
+    def image_values(self, pixels: np.ndarray, inputs: dict[str, np.ndarray], **into: Tensor) -> dict[str, Tensor]:
+        """All that the image stages make of one image; what is named in `into` goes into that memory."""
+        values = into | {"pixel_values": Tensor.of(pixels, self.dtype)}
+        values |= {name: Tensor.of(x, "int64") for name, x in inputs.items()}
+        self._run_calls(self._encode_calls, values)
+        return values
 
     def _run_calls(self, calls: Sequence[dict], values: dict[str, Tensor]) -> None:
         """Run stages on named values; outputs go into memory that has their name already, else into new memory."""

@@ -86,13 +86,13 @@ def at_program(program: Program, case: Case, forced: bool, all_rows: bool, value
 
 def at_engine(engine: Any, case: Case, forced: bool, values: dict[str, str]) -> Pairs:
     """An `Engine` on the prompts. Of its embeddings only the image rows can be seen."""
+    seen = image_values(engine, case, set(values.values()))
     if not case.is_prompt:
-        made = None if case.pixel_values is None else engine.encode_images(case.pixel_values.numpy())
-        return value_pairs(case, {} if made is None else {"image_rows": torch.from_numpy(made.numpy())}, values)
+        return value_pairs(case, seen, values)
     trips, ids = to_feed(case, forced)
     call = dict(case.sights.call) if case.sights else {}
-    if call:
-        call["image_inputs"] = {k: x.numpy() for k, x in case.sights.inputs.items()} if case.sights else {}
+    if case.sights:
+        call["image_inputs"] = {k: x.numpy() for k, x in case.sights.inputs.items()}
     made = engine.run_ids(
         case.prompts,
         None if case.used_pixels is None else case.used_pixels.numpy(),
@@ -106,11 +106,20 @@ def at_engine(engine: Any, case: Case, forced: bool, values: dict[str, str]) -> 
     run = Run(logits=[torch.from_numpy(x[:1]) for x in made.logits])
     run.image_rows = None if made.image_rows is None else torch.from_numpy(made.image_rows.numpy())
     run.caches = run.final_caches = {k: torch.from_numpy(v) for k, v in made.caches.items()}
-    if run.image_rows is not None:
-        run.values["image_rows"] = run.image_rows
     if trips:
         keep_steps(case, run, torch.from_numpy(np.stack(made.logits)), made.tokens)
-    return lay_beside(case, run, all_rows=False) | value_pairs(case, run.values, values)
+    return lay_beside(case, run, all_rows=False) | value_pairs(case, seen, values)
+
+
+def image_values(engine: Any, case: Case, names: set[str]) -> dict[str, Tensor]:
+    """What an engine's image stages make of all images of a case, by name."""
+    made: dict[str, list[np.ndarray]] = defaultdict(list)
+    for i, pixels in enumerate([] if case.pixel_values is None else case.pixel_values.split(1)):
+        inputs = {k: x[i : i + 1].numpy() for k, x in case.sights.inputs.items()} if case.sights else {}
+        for k, x in engine.decoder.image_values(pixels.numpy(), inputs).items():
+            if k in names:
+                made[k].append(x.numpy())
+    return {k: torch.from_numpy(np.concatenate(x)) for k, x in made.items()}
 
 
 def to_feed(case: Case, forced: bool) -> tuple[int, Tensor | None]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmopt.beside import Sights, read_sights
+from mmopt.beside import Sights, read_apart
 from mmopt.checkpoint import Model
 from mmopt.family import Cases, Recording
 
@@ -212,10 +212,12 @@ def read_cases(
             case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
             if recording.run is not None:
                 case.run = _bound(recording, given, outputs, means)
+                if (pixels := given.get("in.pixel_values")) is not None:
+                    case.pixel_values = pixels.flatten(0, -image_dims - 1)
             elif info is None:
                 _among(case, given, image_id, rows_per_image)
             else:
-                _apart(case, given, info, image_dims, layout.tiles)
+                read_apart(case, given, info, image_dims, layout.tiles)
             cases.append(case)
     if not cases:
         raise ValueError("no recorded case was given")
@@ -299,29 +301,3 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
     if mask is not None:  # the reference adds the ones of inserted rows on the left end
         ones = [[1] * (len(rows) - ids.shape[1]) + m for rows, m in zip(samples, mask.tolist(), strict=True)]
         case.mask = torch.tensor([m + [0] * (length - len(m)) for m in ones], dtype=mask.dtype)
-
-
-def _apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image_dims: int, tiles: str | None) -> None:
-    """A case whose images lie outside the text: markers are rows of the text like others."""
-    if "in.input_ids" not in given:
-        raise ValueError(f"{case.name}: expected ids of a prompt, found {', '.join(given) or 'no input'}")
-    ids = torch.cat([given["in.input_ids"], *([given["in.more_ids"]] if "in.more_ids" in given else [])], 1)
-    mask = given.get("in.attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"{case.name}: expected an attention mask of shape {tuple(ids.shape)}, found {tuple(mask.shape)}"
-        )
-    case.valid, case.mask, case.fed = mask.bool(), mask, given.get("in.fed_ids")
-    case.ids = ids * case.valid
-    case.prompts = [row.tolist() for row in case.each(ids)]
-    case.image_row, case.filler = torch.full_like(ids, -1), torch.zeros_like(case.valid)
-    if (pixels := given.get("in.pixel_values")) is not None:
-        lead = pixels.shape[: pixels.dim() - image_dims]
-        if len(lead) < 2 or lead[0] != len(ids) or set(lead[2:]) - {1}:
-            raise ValueError(
-                f"{case.name}: expected images [{len(ids)}, images, ...] with {image_dims} dimensions for each and one "
-                f"frame, found {tuple(pixels.shape)}"
-            )
-        case.pixel_values = pixels.flatten(0, len(lead) - 1)
-        case.used = list(range(len(case.pixel_values)))
-    case.sights = read_sights(case.name, case.prompts, case.valid, given, case.pixel_values, info, tiles)

@@ -86,7 +86,7 @@ def resample_frames(module: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     weights = {k.removeprefix("in.weights."): x for k, x in given.items() if k.startswith("in.weights.")}
     weights = {k: x.to(module.perceiver.latents.dtype) for k, x in weights.items()}
-    frames = given["in.frames"].to(module.perceiver.latents.dtype)
+    frames = given["in.pixel_values"].to(module.perceiver.latents.dtype)
     batch, images, count = frames.shape[:3]
     rows = module.vision_encoder(frames.flatten(0, 2))
     rows = rows.view(batch * images, count, *rows.shape[1:])
@@ -118,14 +118,14 @@ def resample_frames(module: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 VIDEO = Recording(
     {
-        "frames": "in.frames",
+        "frames": "in.pixel_values",
         "weights.perceiver.*": "in.weights.*",
         "vit_tokens": "out.video.vision_rows",
         "main_perceiver_out": "out.video.plain",
         "out_first_frame_only": "out.video.first_frame",
         "out": "out.video.rows",
     },
-    needs=("in.frames",),
+    needs=("in.pixel_values",),
     run=resample_frames,
 )
 
@@ -145,7 +145,8 @@ def cases(config: Any) -> Cases:
         atol=1e-4,
         rtol=1e-4,
         recordings=(FORWARD, FED, NO_PAST, WHOLE, VIDEO),
-        values={"act.vit.tokens": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"},
+        values={"act.vit.tokens": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"}
+        | {"out.video.vision_rows": "vision_rows"},
         left_padding=True,
         unread={
             "act.vit.pooled": "no one reads the class row that the vision tower would pool",

@@ -229,6 +229,21 @@ LANGUAGE_TAPS = {
 }
 
 
+def cases(config: Config) -> Cases:
+    made = {"act.vision.out": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"}
+    return Cases(
+        VISION_TAPS,
+        {},
+        LANGUAGE_TAPS,
+        atol=1e-4,
+        rtol=1e-4,
+        recordings=(Recording(RECORDED | {"in.image_attention_mask": "in.seen"}, needs=("in.input_ids",)),),
+        values=made if config.library.use_resampler else made | {"act.vision.out": "image_rows"},
+        zeroed=("act.xattn{}.attn_pregate",),
+        left_padding=True,
+    )
+
+
 def check_derived(config: Config, name: str, value: Tensor) -> str | None:
     if name.endswith("inv_freq"):
         return None  # half-precision files hold a rounded copy; the config is the truth
@@ -271,16 +286,6 @@ FAMILY = Family(
         "end": END_OF_UTTERANCE + "\n",
         "image": FAKE_TOKEN + IMAGE_MARKER + FAKE_TOKEN,
     },
-    cases=Cases(
-        VISION_TAPS,
-        {},
-        LANGUAGE_TAPS,
-        atol=1e-4,
-        rtol=1e-4,
-        recordings=(Recording(RECORDED | {"in.image_attention_mask": "in.seen"}, needs=("in.input_ids",)),),
-        values={"act.vision.out": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"},
-        zeroed=("act.xattn{}.attn_pregate",),
-        left_padding=True,
-    ),
+    cases=cases,
     cross=lambda config: config.cross,
 )

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmopt.checkpoint import Model, load
-from mmopt.points import tapped
+from mmopt.plain import tapped
 from mmopt.tracing import trace_stage
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,8 +51,10 @@ def with_hooks(model: Model, names, run) -> tuple[torch.Tensor, dict[str, torch.
     """What `run` returns, and the outputs of the modules that the recorded `names` stand for."""
     kept: dict[str, torch.Tensor] = {}
     hooks = []
+    cases = model.family.cases
+    cases = cases(model.config) if callable(cases) else cases
     for name in names:
-        path = tapped(name, model.family.cases.vision_taps) or tapped(name, model.family.cases.language_taps)
+        path = tapped(name, cases.vision_taps | cases.language_taps)
         if path:
             module = model.module.get_submodule(path)
             hooks.append(module.register_forward_hook(lambda m, args, out, name=name: kept.setdefault(name, out)))

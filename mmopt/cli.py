@@ -43,6 +43,20 @@ ShotsOption = Annotated[
     Optional[int],
     typer.Option(help="A few-shot prompt of so many examples and a query, 20 rows of text and an image each.", min=0),
 ]
+LanguageOption = Annotated[
+    Optional[str],
+    typer.Option("--language-model", help="Directory or hub id of the stock language model, if CHECKPOINT lacks it."),
+]
+VisionOption = Annotated[
+    Optional[str],
+    typer.Option("--vision", help="Directory, file or hub id of the stock vision tower, if CHECKPOINT lacks it."),
+]
+LnPostOption = Annotated[
+    bool,
+    typer.Option(
+        "--ln-post", help="The vision tower's last norm on all its rows, as newer open_clip does."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -60,13 +74,23 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda now: status.update(f"{text}: {now}")
 
 
-def get_model(checkpoint: str | None, config: str | None, dtype: str | None, random: bool = False) -> Any:
+def parts(language_model: str | None, vision: str | None, ln_post: bool) -> dict[str, Any]:
+    """Options of `load` that were given."""
+    given = {"language_model": language_model, "vision": vision, "ln_post": ln_post or None}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def get_model(
+    checkpoint: str | None, config: str | None, dtype: str | None, options: dict[str, Any], random: bool = False
+) -> Any:
     import mmopt
 
     if (checkpoint is None) == (config is None):
         raise ValueError("give either a checkpoint or --config")
     if checkpoint is not None:
-        return mmopt.load(checkpoint, dtype)
+        return mmopt.load(checkpoint, dtype, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: only for a checkpoint, --config needs no files")
     assert config is not None
     return mmopt.from_config(config, dtype, random=random)
 
@@ -85,6 +109,9 @@ def inspect(
     shots: ShotsOption = None,
     context: ContextOption = None,
     dtype: DtypeOption = None,
+    language_model: LanguageOption = None,
+    vision: VisionOption = None,
+    ln_post: LnPostOption = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,7 +125,8 @@ def inspect(
 
             images = shots + 1
             context = SHOT * images + 64 if context is None else context
-        program = mmopt.trace(get_model(checkpoint, config, dtype), batch, images, context)
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post))
+        program = mmopt.trace(model, batch, images, context)
         reports: list = []
         if optimized:
             now("optimizing")
@@ -122,6 +150,9 @@ def optimize(
         Optional[bool],
         typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
     ] = None,
+    language_model: LanguageOption = None,
+    vision: VisionOption = None,
+    ln_post: LnPostOption = False,
     out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -130,7 +161,8 @@ def optimize(
 
     with progress("optimizing") as now:
         now("tracing")
-        program = mmopt.trace(get_model(checkpoint, config, dtype), batch, images, context)
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post))
+        program = mmopt.trace(model, batch, images, context)
         result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
     if out is not None:
         temporary = out.with_name(out.name + ".tmp")
@@ -154,6 +186,9 @@ def export(
     batch: BatchOption = 1,
     images: ImagesOption = 1,
     context: ContextOption = None,
+    language_model: LanguageOption = None,
+    vision: VisionOption = None,
+    ln_post: LnPostOption = False,
     passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
     check: Annotated[
         Optional[bool],
@@ -168,7 +203,7 @@ def export(
         raise ValueError("give a checkpoint")
     with progress("exporting") as now:
         now("tracing")
-        program = mmopt.trace(mmopt.load(checkpoint), batch, images, context)
+        program = mmopt.trace(mmopt.load(checkpoint, **parts(language_model, vision, ln_post)), batch, images, context)
         reports: list = []
         if passes:
             result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
@@ -227,15 +262,18 @@ def verify(
     cases: Annotated[list[Path], typer.Argument(help="Recorded cases (.safetensors).")],
     at: Annotated[str, typer.Option(help="Points of the line, with commas.")] = "model,program,optimized,engine",
     dtype: Annotated[str, typer.Option(help="Compute in float32, float16 or bfloat16.")] = "float32",
+    language_model: LanguageOption = None,
+    vision: VisionOption = None,
+    ln_post: LnPostOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Replay recorded cases of the reference implementation; exit 1 if anything differs."""
     from mmopt.cases import passed, replay, table
 
     with progress("verifying") as now:
-        result = replay(
-            checkpoint, cases, at=tuple(a.strip() for a in at.split(",") if a.strip()), dtype=dtype, progress=now
-        )
+        points = tuple(a.strip() for a in at.split(",") if a.strip())
+        options = parts(language_model, vision, ln_post)
+        result = replay(checkpoint, cases, at=points, dtype=dtype, progress=now, load_options=options)
     show(result, table(result), as_json)
     if not passed(result):
         raise FailedError
@@ -252,21 +290,37 @@ def bench(
         Optional[int], typer.Option(help="Cache capacity in rows; half of it is filled. [default: 768 or less]", min=16)
     ] = None,
     dtype: DtypeOption = None,
+    shots: Annotated[
+        Optional[str], typer.Option(help="Time few-shot prompts of so many examples instead, such as 1,4,32.")
+    ] = None,
+    language_model: LanguageOption = None,
+    vision: VisionOption = None,
+    ln_post: LnPostOption = False,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time eager, compiled, optimized and engine side by side in one process."""
+    """Time eager, compiled, optimized and engine side by side in one process.
+
+    Where images lie outside the text, few-shot prompts are timed instead, with the passes and without.
+    """
     from mmopt.benchmark import bench as measure
-    from mmopt.report import bench_plot, bench_text
+    from mmopt.fewshot import bench_fewshot
+    from mmopt.report import bench_plot, bench_text, fewshot_text
 
     if config is not None and not random_weights:
         raise ValueError("--config has no weights: say --random-weights to time it with random ones")
     with progress("measuring") as now:
-        model = get_model(checkpoint, config, dtype, random=True)
-        result = measure(model, context=context, rounds=rounds, threads=threads, progress=now)
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post), random=True)
+        if shots is None and model.family.cross is None:
+            result = measure(model, context=context, rounds=rounds, threads=threads, progress=now)
+            write = bench_text
+        else:
+            counts = [int(k) for k in (shots or "1,4,32").split(",")]
+            result = bench_fewshot(model, counts, rounds=rounds, threads=threads, progress=now)
+            write = fewshot_text
     if plot is not None:
         bench_plot(result, plot)
-    show(result, bench_text(result), as_json)
+    show(result, write(result), as_json)
 
 
 def main() -> None:

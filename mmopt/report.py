@@ -46,6 +46,34 @@ def bench_text(result: dict[str, Any]) -> str:
     return file.getvalue()
 
 
+def fewshot_text(result: dict[str, Any]) -> str:
+    """What `mmopt.fewshot.bench_fewshot` returned, for people."""
+    sizes = result["sizes"]
+    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console.print(
+        f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; caches of {sizes['context']} rows; "
+        f"{sizes['rounds']} interleaved rounds"
+    )
+    times = Table("stage", "variant", "min ms", "p25", "median", "p75", "over passes on")
+    rows = result["rows"]
+    for r, after in zip(rows, [*rows[1:], {"stage": None}], strict=True):
+        ratio = next((v for k, v in result["ratios"][r["stage"]].items() if k.startswith(f"{r['variant']} /")), None)
+        spread = [f"{r[k]:.2f}" for k in ("min_ms", "p25_ms", "median_ms", "p75_ms")]
+        times.add_row(r["stage"], r["variant"], *spread, _ratio(ratio), end_section=after["stage"] != r["stage"])
+    console.print(times)
+    for shots, work in result["work"].items():
+        for name, w in work.items():
+            console.print(
+                f"{shots}, {name}: {w['flops'] / 1e9:.3f} GFLOP, {w['bytes'] / 1e6:.1f} MB of weights and "
+                f"{w['cache_bytes'] / 1e6:.1f} MB of caches for a token"
+            )
+    for note in result["notes"]:
+        console.print(f"- {note}")
+    return file.getvalue()
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -63,13 +91,18 @@ def bench_plot(result: dict[str, Any], path: str | Path) -> None:
     except ModuleNotFoundError as e:
         raise ImportError("a plot needs matplotlib: pip install 'mmopt[plot]'") from e
     stages = list(dict.fromkeys(r["stage"] for r in result["rows"]))
-    figure = Figure(figsize=(3 * len(stages), 3.2), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+    columns = min(len(stages), 4)
+    lines = -(-len(stages) // columns)
+    figure = Figure(figsize=(3 * columns, 3.2 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[len(stages) :]:
+        axes.remove()
+    for axes, stage in zip(places, stages, strict=False):
         rows = [r for r in result["rows"] if r["stage"] == stage]
         heights = [r["min_ms"] for r in rows]
         above = [r["p75_ms"] - r["min_ms"] for r in rows]
         axes.bar([r["variant"] for r in rows], heights, yerr=[[0] * len(rows), above], capsize=3, color="tab:blue")
-        axes.set_title(stage)
+        axes.set_title(stage, fontsize="medium", wrap=True)
         axes.set_ylabel("ms")
         axes.tick_params(axis="x", rotation=45)
     temporary = path.with_name(path.name + ".tmp")

@@ -71,7 +71,8 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
     """Optimization profiles of a stage: input -> its least, usual and largest shape.
 
     A stage with a cache, whose rows together must not exceed its capacity, gets three: a prompt with images, one of
-    text alone (one sample each), and decode (one row of each sample).
+    text alone (one sample each), and decode (one row of each sample). Where images lie outside the text there is one
+    kind of prompt.
     """
     batch, context, images = info["batch"], info["context"], max(1, info["images"]) * info["batch"]
     visual = min(info["images"] * info["rows_per_image"], context - 1)
@@ -80,7 +81,19 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
     def text(most: int) -> tuple[int, int, int]:
         return 1, min(64, most), most
 
-    if "past" in inputs:
+    cross = info.get("cross")
+    if cross:
+        blocks, keys = max(1, info["images"]) * cross["blocks"], cross["rows"]
+        # a segment for each image and one for text before all, cut where that costs less: see `mmopt.sight.segments`
+        most = -(-(info["images"] + 1) * (context + keys) // (keys + 1))
+        ranges = [{"nb": (1, cross["blocks"], blocks), "K": (keys, keys * cross["blocks"], keys * blocks)}]
+        if "past" in inputs:
+            prompt = {"B": one, "nt": text(context), "S": (1, min(2, most), most), "L": text(context)}
+            decode = {"B": (1, batch, batch), "nt": one, "S": (1, batch, batch), "L": one}
+            ranges = [ranges[0] | prompt, ranges[0] | decode]
+        else:
+            ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "nt": text(context)}
+    elif "past" in inputs:
         ranges = [
             {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},
             {"B": one, "nv": none, "nt": text(context)},

@@ -59,10 +59,11 @@ class FuseCrossAttention(Pass):
                     report.skip(stage, f"{n.name}: {found}")
                     return None
                 q, k, v, scale = found
-                heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
-                flat_q, flat_k, flat_v = (flat(b, x) for x in (q, k, v))
-                if shape_of(n) != (shape_of(q)[0], shape_of(q)[2], heads * shape_of(v)[3]):
+                (batch, heads, rows, d), kv_heads = shape_of(q), shape_of(k)[1]
+                alike = shape_of(k) == shape_of(v) == (batch, kv_heads, shape_of(k)[2], d)
+                if not alike or shape_of(n) != (batch, rows, heads * d):
                     return None
+                flat_q, flat_k, flat_v = (flat(b, x) for x in (q, k, v))
                 attentions += 1
                 new = (flat_q, flat_k, flat_v, heads, kv_heads, None, False, scale)
                 return b.emit(ATTENTION, new, shape_of(n), n.meta["dtype"])
@@ -134,13 +135,10 @@ def gate_of(n: Node) -> int | None:
     """Which argument of a product is a constant for each column, or for all of them, of the projection beside it."""
     for gate in (0, 1):
         g, x = n.args[gate], n.args[1 - gate]
-        if (
-            isinstance(g, Node)
-            and isinstance(x, Node)
-            and g.meta["const"]
-            and x.target is LINEAR
-            and not x.meta["const"]
-        ):
+        if not (isinstance(g, Node) and isinstance(x, Node) and g.meta["const"] and x.target is LINEAR):
+            continue
+        same = shape_of(n) == shape_of(x) and n.meta["dtype"] == x.meta["dtype"] == g.meta["dtype"]
+        if same and x.args[1].meta["const"] and not x.meta["const"]:
             wide = torch.Size(shape_of(g)).numel()
             if wide in (1, shape_of(x)[-1]) and wide == (shape_of(g)[-1] if shape_of(g) else 1):
                 return gate
@@ -161,13 +159,14 @@ def cut_masks(program: Program, name: str, report: Report) -> None:
             report.skip(name, f"{n.name}: works on a part of the rows")
         else:
             cut.append(n)
-    kinds = {x: kind for n in cut for x, kind in zip(n.args[1:3], ("key", "value"), strict=True)}
+    kinds = {n.args[1]: "key" for n in cut} | {n.args[2]: "value" for n in cut}  # one that is both serves as values do
     kinds = {x: kind for x, kind in kinds.items() if all(u in cut for u in x.users)}
     cut = [n for n in cut if n.args[1] in kinds and n.args[2] in kinds]
     if not cut:
         return
     batch, rows = shape_of(stage.input_nodes()["seen"])[:2]
-    several = cross["blocks"] > 1 or cross["together"]  # a row may see more than one block
+    # A row may see more than one block.
+    several = cross["blocks"] > 1 or cross["together"] or cross["before"] == "everything"
     keys: Any = symbol("K") if several else cross["rows"]
     b, env, names = Builder(), {}, []
 

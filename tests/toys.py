@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mmopt import contracts, ops
 from mmopt.contracts import ContractError
-from mmopt.family import StageSpec, TensorSpec
+from mmopt.family import Cross, StageSpec, TensorSpec
 from mmopt.graph import shape_of
 from mmopt.pipeline import optimize
 from mmopt.program import Call, Loop, Program, Stage, evaluate
@@ -357,3 +358,92 @@ def flow(gated: bool = False, dtype: torch.dtype = torch.float32) -> Program:
         step=(Velocity(gated=gated), {"logits": ("B", 1, VOCAB), "prefix": ("B", 3, D)}),
         dtype=dtype,
     )
+
+
+# ---------------------------------------------------------------------------------- images that lie outside the text
+MEDIA, MARKER = 6, 12  # width of the rows of such an image; its marker is an id of the vocabulary
+CROSS_SIZES = tuple(
+    {"B": b, "nt": nt, "nb": nb} for b, nt, nb in ((1, 1, 1), (1, 5, 2), (3, 1, 3), (3, 4, 1))
+)  # fmt: skip
+
+
+class Blocks(nn.Module):
+    """pixel_values ``[N, 3, 4, 4]`` -> image_rows ``[N, blocks, ROWS, MEDIA]``"""
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.blocks, self.project = blocks, nn.Linear(3 * PIXELS * PIXELS, blocks * ROWS * MEDIA)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.project(pixel_values.flatten(1)).view(-1, self.blocks, ROWS, MEDIA)
+
+
+class Beside(nn.Module):
+    """Layers of gated attention to images outside the text, each before causal attention among the rows of the text.
+
+    Two query heads read each of `kv_heads` key heads. `mixed` False: nothing follows the last attention to images.
+    """
+
+    def __init__(
+        self, layers: int = 2, gate: tuple[int, ...] = (1,), kv_heads: int = 1, bias: bool = True, mixed: bool = True
+    ):
+        super().__init__()
+        self.heads, self.kv_heads, self.mixed = 2 * kv_heads, kv_heads, mixed
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(layers))
+        self.q, self.o, self.mlp = (nn.ModuleList(linear(bias=bias) for _ in range(layers)) for _ in range(3))
+        self.k, self.v = (nn.ModuleList(nn.Linear(MEDIA, D // 2, bias) for _ in range(layers)) for _ in range(2))
+        self.gates = nn.ParameterList(torch.zeros(gate) for _ in range(2 * layers))
+        self.head = linear(VOCAB)
+
+    def forward(self, text: Tensor, media: Tensor, seen: Tensor, attends: Tensor, *sees: Tensor) -> Tensor:
+        x = text
+        for i, (norm, q, k, v, o) in enumerate(zip(self.norms, self.q, self.k, self.v, self.o, strict=True)):
+            kv = (k(media), v(media))
+            rows = ops.cross_attention(q(norm(x)), *kv, seen, attends, self.heads, self.kv_heads)
+            x = x + o(rows) * self.gates[2 * i].tanh()
+            more = self.mlp[i](F.silu(x))
+            x = x + self.gates[2 * i + 1].tanh() * (more * sees[0][..., None] if sees else more)
+            if self.mixed or i + 1 < len(self.q):
+                x = x + ops.attention(x, x, x, 2, 2, causal=True)
+        return self.head(x)
+
+
+def beside(
+    language: nn.Module | None = None,
+    blocks: int = 1,
+    together: bool = False,
+    before: str = "nothing",
+    reset: bool = False,
+    sees: bool = False,
+    images: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Program:
+    """A Program that the pipeline can check, of images that lie outside the text (by default beside a `Beside`)."""
+    weights: dict[str, Tensor] = {}
+
+    def named(name: str, module: nn.Module, *args) -> Stage:
+        return trace(Holder(name, draw(module, dtype, seed=len(weights))), *args, weights, dtype)
+
+    inputs: dict = {
+        "text": ("B", "nt", D),
+        "media": ("B", "nb", ROWS, MEDIA),
+        "seen": (("B", "nt", "nb"), torch.bool),
+        "attends": (("B", "nt"), torch.bool),
+    }
+    if sees:
+        inputs["sees"] = (("B", "nt"), torch.bool)
+    stages = {
+        "images": named("images", Blocks(blocks), {"pixel_values": ("N", 3, PIXELS, PIXELS)}, ["image_rows"]),
+        "embed": named("embed", Embed(), {"ids": (("B", "nt"), torch.int64)}, ["text"]),
+        "language_model": named("language_model", language or Beside(), inputs, ["logits"]),
+        "next_token": trace(NextToken([2]), {"logits": ("B", "n", VOCAB)}, ["ids", "done"], weights, dtype),
+    }
+    schedule = (
+        Call("images"),
+        Loop((Call("embed", {"ids": "chunk.ids"}), Call("language_model")), over="chunks"),
+        Loop((Call("next_token"), Call("embed"), Call("language_model")), trips="max_new_tokens", until="done"),
+    )
+    cross = Cross(blocks, ROWS, MEDIA, before, together, reset)
+    info = INFO | {"image_id": MARKER, "rows_per_image": 1, "cross": dataclasses.asdict(cross)}
+    info |= {"batch": 3, "images": images, "context": 64, "torch_dtype": dtype}
+    return Program(stages, schedule, weights, {"logits": (("B", 1, VOCAB), dtype)}, info).drop_unused()

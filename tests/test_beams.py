@@ -112,6 +112,19 @@ def test_search_equals_the_library(kind, seed, scale):
     assert len(outcomes) >= 10, "the options hardly matter"
 
 
+@pytest.mark.parametrize(("scale", "likelier", "penalty"), [(1, 1, 1.0), (4, 2, -2.0)])
+def test_many_end_ids(scale, likelier, penalty):
+    """Random tables of bigrams, with four end ids that are likelier than the others."""
+    ends = (0, 1, 2, 3)
+    for seed, beams, early in itertools.product(range(12), (2, 3), (False, True, "never")):
+        torch.manual_seed(seed)
+        table = scale * torch.randn(20, 20)
+        table[:, ends] += likelier
+        options = (beams, 6, ends, penalty, early)
+        expected = library(Table(lambda ids, table=table: table[ids]), [9], *options)
+        assert [h.ids for h in searched(lambda ids, table=table: table[ids], [9], *options)] == [i for i, _ in expected]
+
+
 def test_of_equal_candidates_the_lower_comes_first():
     def step(ids, parents):
         return np.zeros((len(ids), 6), np.float32)

@@ -313,7 +313,7 @@ class Engine:
                 image_id=i["image_id"],
                 bos_id=i["bos_id"],
                 eos_ids=tuple(i["eos_ids"]),
-                marks={self.template.end: i["eos_ids"][0]},
+                template=" ".join(self.template.to_json().values()),
             )
 
 

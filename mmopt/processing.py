@@ -279,6 +279,7 @@ class TextProcessor:
     bos_id: put once at the start of the ids, or None.
     eos_ids: ids that end an answer.
     marks: more texts that become one id each, such as {"</s>": 2} where a chat template closes answers with it.
+    template: the texts of a chat template. Special tokens and ends of answers that stand in it are marks too.
     """
 
     def __init__(
@@ -289,19 +290,23 @@ class TextProcessor:
         bos_id: int | None,
         eos_ids: tuple[int, ...],
         marks: Mapping[str, int] | None = None,
+        template: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_marker = image_marker
         self.image_id = image_id
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
-        self.marks = {image_marker: image_id, **(marks or {})}
+        added = tokenizer.get_added_tokens_decoder()
+        named = {token.content: i for i, token in added.items() if token.special}
+        named |= {text: i for i in self.eos_ids if (text := tokenizer.id_to_token(i))}
+        written = {text: i for text, i in named.items() if text and text in template}
+        self.marks = {**written, image_marker: image_id, **(marks or {})}
         if "" in self.marks:
             raise ValueError("the image marker and the marks must not be empty")
         tokenizer.encode_special_tokens = True
         longest_first = sorted(self.marks, key=len, reverse=True)
         self._mark_pattern = re.compile("(" + "|".join(re.escape(mark) for mark in longest_first) + ")")
-        added = tokenizer.get_added_tokens_decoder()
         self._hidden_ids = {image_id, bos_id, *self.eos_ids, *(i for i, token in added.items() if token.special)}
 
     @classmethod

@@ -1,6 +1,7 @@
 """Mllama against recorded cases and the library's own model at other sizes; stages, Program and engine beside it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from library_models import CLOSE, RECORDED, case, check_stages, loaded, recorded, reference, with_hooks
 from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import mmopt
 from mmopt.checkpoint import from_config, load
+from mmopt.models.idefics import FAKE_TOKEN
 from mmopt.models.mllama import parse_config
-from mmopt.processing import ImageError
+from mmopt.processing import ChatTemplate, ImageError, TextProcessor
 from mmopt.tiling import TileProcessor, processor_of
 
 CASES = recorded("mllama")
@@ -289,6 +292,29 @@ def test_tile_settings(mllama):
         processor([b"no picture"])
     with pytest.raises(ValueError, match="4 tiles of 28"):
         mllama.family.image_processing(mllama.config, {"size": {"height": 560, "width": 560}})
+
+
+@pytest.mark.parametrize("config", ["mllama-tiny", "idefics-tiny"])
+def test_special_tokens_of_a_conversation_are_tokens(config):
+    """Those that the template writes are one id each, also around an image; others stay ordinary text."""
+    model = from_config(config)
+    template = ChatTemplate.from_json(model.processing["chat"])
+    texts = " ".join(template.to_json().values())
+    special = ["<|end|>", *dict.fromkeys(re.findall(r"<[^<>]+>", texts))]
+    words = {"a": 0, "b": 1, "\n": 2, ":": 3, "User": 4, "Assistant": 5, "user": 6, "assistant": 7, "?": 8}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\n|:"), "isolated")
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
+    ids = {t: tokenizer.token_to_id(t) for t in special}
+    text = TextProcessor(tokenizer, model.family.image_marker, 99, None, (ids["<|end|>"],), template=texts)
+    made = text.encode(template.render([{"role": "user", "content": f"{template.image}a<|end|>b"}]))
+    written = {ids[t] for t in special if t in texts} - {ids[model.family.image_marker]} | {99}
+    assert written <= set(made)
+    assert ids["<|end|>"] not in made
+    around = [ids[FAKE_TOKEN]] if FAKE_TOKEN in ids else []
+    image = [*around, 99, *around]
+    start = made.index(image[0])
+    assert made[start : start + len(image) + 1] == [*image, 0]
 
 
 def test_the_library_is_imported_only_for_its_models():

@@ -35,7 +35,6 @@ from mmopt.models._transformers import (
 
 IMAGE_MARKER = "<image>"
 FAKE_TOKEN = "<fake_token_around_image>"
-END_OF_UTTERANCE = "<end_of_utterance>"
 
 
 class Config:
@@ -281,9 +280,9 @@ FAMILY = Family(
     image_processing=image_processing,
     chat={
         "user": "User:",
-        "assistant": "\nAssistant:",
-        "separator": END_OF_UTTERANCE,
-        "end": END_OF_UTTERANCE + "\n",
+        "assistant": "Assistant:",
+        "separator": "\n",
+        "end": "\n",
         "image": FAKE_TOKEN + IMAGE_MARKER + FAKE_TOKEN,
     },
     cases=cases,

@@ -1,4 +1,4 @@
-"""The command line: mmopt inspect | optimize | export | run | verify | bench.
+"""The command line: mmopt inspect | optimize | export | run | prefix | verify | bench.
 
 Exit codes: 0 all is well, 1 a check did not hold, 2 wrong use or bad input.
 """
@@ -53,9 +53,7 @@ VisionOption = Annotated[
 ]
 LnPostOption = Annotated[
     bool,
-    typer.Option(
-        "--ln-post", help="The vision tower's last norm on all its rows, as newer open_clip does."
-    ),
+    typer.Option("--ln-post", help="The vision tower's last norm on all its rows, as newer open_clip does."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -227,6 +225,9 @@ def run(
     stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")] = None,
     beams: Annotated[int, typer.Option(help="Beam search with so many; at most the engine's batch.", min=1)] = 1,
     length_penalty: Annotated[float, typer.Option(help="Beams: scores are divided by length to this power.")] = 1.0,
+    prefix: Annotated[
+        Optional[Path], typer.Option(help="Go on from a stored beginning of the prompt (`mmopt prefix`).")
+    ] = None,
     provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1)] = None,
     as_json: JsonOption = False,
@@ -239,6 +240,7 @@ def run(
     options: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "beams": beams, "length_penalty": length_penalty,
+        "prefix": None if prefix is None else loaded.load_prefix(prefix),
     }  # fmt: skip
     if as_json or beams > 1:
         made = loaded.generate(prompt, **options)
@@ -254,6 +256,26 @@ def run(
     for piece in cast(Iterator[str], loaded.generate(prompt, stream=True, **options)):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def prefix(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    out: Annotated[Path, typer.Argument(help="The file to write (.safetensors).")],
+    text: Annotated[str, typer.Argument(help="The beginning of prompts, few-shot examples say, with image markers.")],
+    image: Annotated[Optional[list[str]], typer.Option(help="An image: a path or URL; may be repeated.")] = None,
+    provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read the beginning of prompts once and store it for `mmopt run --prefix`."""
+    from mmopt.engine import Engine
+
+    with progress("reading"):
+        made = Engine(engine, provider=provider, threads=threads).prefix(text, image or [])
+        made.save(out)
+    facts = {"file": str(out), "rows": made.rows, "images": len(made.images), "bytes": out.stat().st_size}
+    show(facts, f"wrote {out}: {made.rows} rows, {len(made.images)} images, {facts['bytes'] / 1e6:.1f} MB", as_json)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,78 +133,8 @@ def rotary(e: Emitter, n: Node) -> str:
     return e.op("RotaryEmbedding", e.value(x), e.operand(cos, e.dtype(n)), e.operand(sin, e.dtype(n)), num_heads=heads)
 
 
-def attention_args(n: Node) -> tuple[Any, ...]:
-    """q, k, v, heads, kv_heads, key_mask, causal, scale."""
-    q, k, v, heads, kv_heads, key_mask, causal, scale = arguments(n, 5, None, False, None)
-    return q, k, v, heads, kv_heads, key_mask, causal, _scale(q, heads, scale)
-
-
-def cached_attention_args(n: Node) -> tuple[Any, ...]:
-    """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = arguments(n, 8, None, None)
-    return q, k, v, key_cache, value_cache, past, heads, kv_heads, _scale(q, heads, scale), slopes
-
-
-def _scale(q: Any, heads: Any, scale: Any) -> float:
+def scale_of(q: Any, heads: Any, scale: Any) -> float:
     return float(scale) if scale is not None else (int(shape_of(q)[-1]) // heads) ** -0.5
-
-
-def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: bool) -> str | None:
-    """The mask of attention without a cache, [1 or B, 1, rows or 1, keys], True where a key is seen."""
-    mask = None if key_mask is None else e.op("Unsqueeze", e.value(key_mask), e.ints([1, 2]))
-    if causal:  # aligned lower right: query i sees key j when j <= i + keys - rows
-        rows, keys = shape_of(q)[1], shape_of(k)[1]
-        last = e.op("Range", e.scalar(keys - rows), e.scalar(keys), e.scalar(1))
-        seen = e.op("Range", e.scalar(0), e.scalar(keys), e.scalar(1))
-        lower = e.op("LessOrEqual", seen, e.op("Reshape", last, e.ints([1, 1, -1, 1])))
-        mask = lower if mask is None else e.op("And", mask, lower)
-    return mask
-
-
-def for_each_query(e: Emitter, mask: str, q: str) -> str:
-    """A mask ``[S, 1, 1 or rows, keys]`` with a row for each of the flat query rows: ONNX Runtime refuses fewer."""
-    rows = e.op("Concat", e.ints([1, 1]), e.op("Shape", q, start=1, end=2), e.ints([1]), axis=0)
-    return e.op("Expand", mask, rows)
-
-
-def heads_of(e: Emitter, x: Node, heads: int) -> str:
-    """[B, rows, heads * d] -> [B, heads, rows, d]"""
-    return heads_first(e, e.value(x), heads, int(shape_of(x)[-1]) // heads)
-
-
-def heads_first(e: Emitter, name: str, heads: int, d: int) -> str:
-    return e.op("Transpose", e.op("Reshape", name, e.ints([0, 0, heads, d])), perm=[0, 2, 1, 3])
-
-
-def flat(e: Emitter, name: str, width: int) -> str:
-    """[B, heads, rows, d] -> [B, rows, heads * d]"""
-    return e.op("Reshape", e.op("Transpose", name, perm=[0, 2, 1, 3]), e.ints([0, 0, width]))
-
-
-def column_of_heads(e: Emitter, slopes: Node) -> str:
-    """ALiBi's slopes ``[heads]`` as ``[1, heads, 1, 1]``; a softmax does not see what all keys have in common, so slope
-    times place of the key does for slope times distance."""
-    return e.op("Reshape", e.operand(slopes, e.dtype(slopes)), e.ints([1, -1, 1, 1]))
-
-
-def cross_attention(attend: Callable[..., str]) -> Rule:
-    """All rows over all blocks with a dense mask. `attend(e, q, k, v, heads, kv_heads, mask, scale)` on flat rows."""
-
-    def rule(e: Emitter, n: Node) -> str:
-        q, k, v, seen, attends, heads, kv_heads, scale = arguments(n, 7, None)
-        kind, rows = e.dtype(q), int(shape_of(k)[2])
-        sees = e.op("ReduceMax", e.cast(e.value(seen), torch.bool, torch.int32), e.ints([-1]), keepdims=1)
-        none = e.op("Equal", sees, e.number(0, torch.int32))  # sees no block: all keys weigh the same
-        mask = e.op("Unsqueeze", e.op("Or", e.value(seen), none), e.ints([3]))
-        wide = e.op("Concat", e.op("Shape", e.value(seen)), e.ints([rows]), axis=0)
-        mask = e.op("Unsqueeze", e.op("Reshape", e.op("Expand", mask, wide), e.ints([0, 0, -1])), e.ints([1]))
-        plain = e.op("Mul", e.value(q), e.cast(e.op("Not", none), torch.bool, kind))
-        keys, values = (e.op("Reshape", e.value(x), e.ints([0, -1, int(shape_of(x)[3])])) for x in (k, v))
-        width = int(shape_of(q)[-1])
-        out = attend(e, plain, keys, values, heads, kv_heads, mask, _scale(q, heads, scale), width)
-        return e.op("Mul", out, e.cast(e.op("Unsqueeze", e.value(attends), e.ints([2])), torch.bool, kind))
-
-    return rule
 
 
 def masked_attention(e: Emitter, n: Node) -> str:
@@ -213,41 +142,7 @@ def masked_attention(e: Emitter, n: Node) -> str:
     q, k, v, mask, _, causal, scale, _ = arguments(n, 3, None, 0.0, False, None, False)
     if causal or mask is None:
         raise e.error("attention left as traced needs a mask and no causality")
-    return e.op("Attention", *(e.value(x) for x in (q, k, v, mask)), scale=_scale(q, 1, scale))
-
-
-def segment_attention(attend: Callable[..., str]) -> Rule:
-    """Rows gathered into segments, attention over the keys of each, rows gathered back; a row of zeros for the rest."""
-
-    def rule(e: Emitter, n: Node) -> str:
-        q, k, v, segment_rows, row_segments, heads, kv_heads, mask, scale = arguments(n, 7, None, None)
-        width = int(shape_of(q)[-1])
-        parts = e.op("Gather", e.op("Reshape", e.value(q), e.ints([-1, width])), e.value(segment_rows))
-        keys = None if mask is None else e.op("Unsqueeze", e.value(mask), e.ints([1, 2]))
-        out = attend(e, parts, e.value(k), e.value(v), heads, kv_heads, keys, _scale(q, heads, scale), width)
-        zeros = e.constant(torch.zeros(1, width, dtype=e.dtype(n)))
-        places = e.op("Concat", e.op("Reshape", out, e.ints([-1, width])), zeros, axis=0)
-        return e.op("Gather", places, e.value(row_segments))
-
-    return rule
-
-
-def scattered_attention(e: Emitter, n: Node) -> tuple:
-    """Attention with a cache in standard operators: rows into the caches, then over the whole capacity with a mask."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = cached_attention_args(n)
-    keys, values = (
-        e.op("TensorScatter", e.value(cache), heads_of(e, x, kv_heads), e.value(past), axis=-2)
-        for cache, x in ((key_cache, k), (value_cache, v))
-    )
-    rows, capacity = e.op("Range", e.scalar(0), e.scalar(shape_of(q)[1]), e.scalar(1)), int(shape_of(key_cache)[2])
-    positions = e.op("Add", e.op("Reshape", e.value(past), e.ints([-1, 1])), rows)
-    slots = e.constant(torch.arange(capacity))
-    mask = e.op("LessOrEqual", slots, e.op("Unsqueeze", positions, e.ints([1, 3])))  # [B, 1, rows, capacity]
-    if slopes is not None:
-        bias = e.op("Mul", column_of_heads(e, slopes), e.cast(slots, torch.int64, e.dtype(n.args[0])))
-        mask = e.op("Where", mask, bias, e.number(torch.finfo(e.dtype(n.args[0])).min, e.dtype(n.args[0])))
-    out = e.op("Attention", heads_of(e, q, heads), keys, values, mask, scale=scale)
-    return flat(e, out, int(shape_of(q)[-1])), keys, values
+    return e.op("Attention", *(e.value(x) for x in (q, k, v, mask)), scale=scale_of(q, 1, scale))
 
 
 def clamp(e: Emitter, n: Node) -> str:

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from mmopt.exporters.emit import CONTRIB, Emitter, Rule
-from mmopt.exporters.lower import (
-    PLAIN,
+from mmopt.exporters.lower import PLAIN
+from mmopt.exporters.lower_attention import (
+    alibi,
     attention_args,
     attention_mask,
     cached_attention_args,
-    column_of_heads,
     cross_attention,
     for_each_query,
+    positions,
     scattered_attention,
     segment_attention,
 )
@@ -48,12 +49,9 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
     longest = e.cast(e.op("ReduceMax", total, keepdims=0), torch.int64, torch.int32)
     ins = [e.value(x) for x in (q, k, v, key_cache, value_cache)]
     more: list[str] = []
-    if slopes is not None:  # a bias [1, heads, rows, slots], the same for all rows
-        kind = e.dtype(q)
-        place = e.cast(e.op("Range", e.number(0, torch.int32), longest, e.number(1, torch.int32)), torch.int32, kind)
-        bias = e.op("Mul", column_of_heads(e, slopes), place)
-        shape = e.op("Concat", e.ints([1, heads]), e.size(rows), e.op("Shape", place), axis=0)
-        more = ["", "", "", e.op("Expand", bias, shape)]
+    if slopes is not None:
+        slots = e.op("Range", e.scalar(0), e.op("ReduceMax", total, keepdims=0), e.scalar(1))
+        more = ["", "", "", alibi(e, slopes, slots, positions(e, past, rows), e.dtype(q))]
     sizes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "do_rotary": 0}
     return e.op("GroupQueryAttention", *ins, last, longest, *more, outputs=3, domain=CONTRIB, **sizes)
 

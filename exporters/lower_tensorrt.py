@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from mmopt.exporters.emit import Emitter, Rule
-from mmopt.exporters.lower import (
-    PLAIN,
+from mmopt.exporters.lower import PLAIN
+from mmopt.exporters.lower_attention import (
     attention_args,
     attention_mask,
     cross_attention,

@@ -245,7 +245,8 @@ def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
         causal = len(args) > 6 and args[6]
         return {0: 1, 1: None, 2: None, 5: None} if dim == 1 and not causal else None
     if op is CROSS_ATTENTION:
-        return {0: {0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 1: {0: 1, 1: None, 2: None, 3: 1, 4: 1}}.get(dim)
+        rules: dict[int, dict[int, Any]] = {0: {0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 1: {0: 1, 1: None, 2: None, 3: 1, 4: 1}}
+        return rules.get(dim)
     if op is CONV2D:
         return {0: 0, 1: None, 2: None} if dim == 0 else None
     if op is FULL:

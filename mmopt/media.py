@@ -26,16 +26,16 @@ class Media:
             self.sights.append(Sight(self.info, len(c.images), counted, before[b] if before else 0))
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
-        for c in program.schedule:
-            if not hasattr(c, "body") and self.apart & {c.rename.get(n, n) for n in program.stages[c.stage].inputs}:
-                self.apart |= {c.rename.get(n, n) for n in program.stages[c.stage].outputs}
+        for call in (i for i in program.schedule if not hasattr(i, "body")):
+            if self.apart & {call.rename.get(n, n) for n in program.stages[call.stage].inputs}:
+                self.apart |= {call.rename.get(n, n) for n in program.stages[call.stage].outputs}
         self.segmented: dict[str, str] = self.info.get("segments", {})
 
     def lay_out(self, values: dict[str, Any]) -> None:
         """`media`: the blocks of each sample's images side by side, as soon as the images are encoded."""
         if "media" in values or ("image_rows" not in values and any(self.of_sample)):
             return
-        rows = values.get("image_rows")
+        rows: Any = values.get("image_rows")
         shape = (self.info["cross"]["rows"], self.info["cross"]["width"])
         media = torch.zeros(len(self.of_sample), self.most, *shape, dtype=self.info["torch_dtype"])
         for b, images in enumerate(self.of_sample):

@@ -72,8 +72,8 @@ def _cached_attention(
     total = int(past.max()) + rows  # the rest of the cache is masked: leave it out of the product
     slots = torch.arange(total, device=past.device)
     mask = slots <= positions[:, None, :, None]
-    if slopes is not None:  # softmax does not see what all keys of a query have in common, so the key's place will do
-        bias = slopes.float()[:, None, None] * (slots - slots[-1])
+    if slopes is not None:  # by distance, not place: small for near keys, whose order half precision would lose else
+        bias = slopes.float()[:, None, None] * (slots - positions[:, None, :, None])
         mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
     out = F.scaled_dot_product_attention(
         _heads(q, heads),

@@ -109,7 +109,7 @@ def read(path: str | Path, decoder: Decoder, made_for: str) -> Prefix:
 def take(cache: Cache, lane: int, ids: tuple[int, ...], images: list[Image], made_for: str, dtype: str) -> Prefix:
     """What lies in a lane, as a prefix of its own."""
     rows = int(cache.past[lane])
-    caches = {}
+    caches: dict[str, np.ndarray] = {}
     for name, t in cache.tensors.items():
         whole = t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
         caches[name] = whole[lane, :, :rows].astype(DTYPES[t.dtype][0], copy=True)

@@ -112,12 +112,12 @@ def segments(samples: Sequence[Sequence[Seen]], keys: int) -> Segments:
         return sum(-(-k // length) for k in lengths) * (length + keys)
 
     length = min(set(lengths), key=lambda k: (cost(k), k))
-    pieces = [(key, rows[i : i + length]) for key, rows in groups.items() for i in range(0, len(rows), length)]
+    pieces = [(key, group[i : i + length]) for key, group in groups.items() for i in range(0, len(group), length)]
     segment_rows = np.zeros((len(pieces), length), np.int64)
     row_segments = np.full(len(samples) * n, len(pieces) * length, np.int64)
-    for s, (_, rows) in enumerate(pieces):
-        segment_rows[s, : len(rows)] = rows
-        row_segments[rows] = s * length + np.arange(len(rows))
+    for s, (_, put) in enumerate(pieces):
+        segment_rows[s, : len(put)] = put
+        row_segments[put] = s * length + np.arange(len(put))
     return Segments([key for key, _ in pieces], segment_rows, row_segments.reshape(len(samples), n))
 
 

@@ -65,7 +65,7 @@ class FuseCrossAttention(Pass):
                     return None
                 flat_q, flat_k, flat_v = (flat(b, x) for x in (q, k, v))
                 attentions += 1
-                new = (flat_q, flat_k, flat_v, heads, kv_heads, None, False, scale)
+                new: tuple = (flat_q, flat_k, flat_v, heads, kv_heads, None, False, scale)
                 return b.emit(ATTENTION, new, shape_of(n), n.meta["dtype"])
             if n.target is MUL and (gate := gate_of(n)) is not None:
                 projection = n.args[1 - gate]

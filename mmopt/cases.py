@@ -160,6 +160,8 @@ def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[di
     for k in pairs:
         if case.mean(k) == "out.logits" and point in ("optimized", "engine"):
             left_out[k] = "rows before the last one of each sample are not made"
+        elif case.mean(k).startswith("out.greedy.") and case.live(case.outputs[k]) is not case.outputs[k]:
+            left_out[f"{k}, after a sample's end"] = "the reference fills a sample up while others go on"
         elif is_zeroed(case.mean(k), layout.zeroed):
             left_out[f"{k}, rows that see no image"] = "they are zeros already where this value can be had"
     if case.padded and pairs:
@@ -235,6 +237,8 @@ def _why_not(model: Model, point: str, case: Case, recorded: str) -> str:
         return "left padding: the reference masks the wrong rows here"
     if not case.goes_on and name.startswith(("out.greedy.", "out.fed.")):
         return "the reference goes on from padding rows here"
+    if name.startswith("out.sight."):
+        return "not what follows from the ids; given as it is"
     if name.endswith("_nocache") and case.markers_made:
         return "without its cache the reference takes a new marker for one more image"
     if case.samples_touch and name.startswith(("out.greedy.", "out.fed.")):

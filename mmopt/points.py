@@ -182,7 +182,7 @@ def lay_beside(case: Case, run: Run, all_rows: bool) -> Pairs:
                 pairs[name] = case.live(value[:, : wanted.shape[1]]), case.live(wanted)
         elif mean == "out.fed.logits" and run.fed is not None:
             pairs[name] = run.fed, wanted
-        elif case.sights and mean.startswith(("out.sight.", "out.fed.time")):
+        elif case.sights and mean.startswith(("out.sight.", "out.fed.time")) and not case.sights.given:
             pairs[name] = sight_pair(case, mean, wanted)
     return pairs
 

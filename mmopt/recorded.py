@@ -111,14 +111,16 @@ class Case:
 
     @property
     def markers_made(self) -> bool:
-        """Greedy decoding came upon an image marker, and went on."""
-        ids = self.greedy_ids
-        return self.sights is not None and ids is not None and bool((ids[:, :-1] == self.sights.info["image_id"]).any())
+        """Greedy decoding came upon an image marker and went on, and the reference takes that for more than a word."""
+        if self.sights is None or self.greedy_ids is None or not self.sights.info["cross"]["reset"]:
+            return False
+        return bool((self.greedy_ids[:, :-1] == self.sights.info["image_id"]).any())
 
     @property
     def samples_touch(self) -> bool:
         """In the reference a marker that was fed to one sample changes what the others see."""
-        fed = [x for x in (self.fed, self.greedy_ids) if x is not None]
+        fed = [self.fed] if self.fed is not None else []
+        fed += [self.greedy_ids[:, :-1]] if self.greedy_ids is not None else []
         return self.sights is not None and not all(self.sights.apart(x) for x in fed)
 
     def live(self, x: Tensor) -> Tensor:

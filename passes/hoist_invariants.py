@@ -55,6 +55,9 @@ class HoistInvariants(Pass):
             split = split_stage(stage, fixed, name) if fixed else None
             if split is None:
                 continue
+            if program.info.get("cross") and not by_block(split[0]):
+                report.skip(name, "what no loop changes is not made image by image, each block by itself")
+                continue
             program.stages[f"{name}.once"], program.stages[name], values = split
             call = next(c for c in inside if c.stage == name)
             before = Call(f"{name}.once", {i: r for i, r in call.rename.items() if i in split[0].inputs})
@@ -64,7 +67,7 @@ class HoistInvariants(Pass):
 
     def hoist(self, program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
         """Calls to make once before the loop, and the loop without what they do. Stages of `program` are replaced."""
-        written = {c.rename.get(o, o) for c in loop.body for o in program.stages[c.stage].outputs}
+        written = {c.rename.get(o, o) for c in loop.body for o in program.stages[c.stage].outputs} | set(PER_CALL)
         before: list[Call] = []
         body: list[Call] = []
         times = Counter(c.stage for c in program.calls())
@@ -86,6 +89,27 @@ class HoistInvariants(Pass):
             body.append(call)
             report.did(f"{call.stage}: {len(values)} values that the loop does not change are computed once before it")
         return before, Loop(tuple(body), loop.over, loop.trips, loop.until)
+
+
+def by_block(stage: Stage) -> bool:
+    """Whether a stage makes each block (dimension 1) of all its outputs of that block of its inputs alone."""
+    along: dict[Node, int] = dict.fromkeys(stage.output_nodes().values(), 1)
+    for n in reversed(stage.graph.nodes):
+        if n not in along or n.op == "get_attr" or n.meta.get("const"):
+            continue
+        if n.op == "placeholder":
+            if along[n] != 1:
+                return False
+            continue
+        rule = operand_dims(n, along[n])
+        if rule is None:
+            return False
+        for i, a in enumerate(n.args):
+            dims = rule.get(i)
+            for x, dim in zip(a, dims, strict=True) if isinstance(dims, list) else [(a, dims)]:
+                if isinstance(x, Node) and not x.meta["const"] and (dim is None or along.setdefault(x, dim) != dim):
+                    return False
+    return True
 
 
 def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:

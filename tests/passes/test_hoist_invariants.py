@@ -8,12 +8,15 @@ from mmopt.passes import hoist_invariants
 from mmopt.passes.hoist_invariants import HoistInvariants
 from toys import (
     DTYPES,
+    MARKER,
     VOCAB,
+    Beside,
     D,
     Function,
     Prefix,
     Rows,
     before_and_after,
+    beside,
     caught,
     chat,
     flow,
@@ -25,7 +28,7 @@ from toys import (
     unchanged,
 )
 
-from mmopt import contracts
+from mmopt import contracts, ops
 from mmopt.contracts import compare
 from mmopt.pipeline import optimize
 from mmopt.program import Call
@@ -191,3 +194,127 @@ def test_constants_broadcast_along_other_dimensions_stay():
 
 def test_constants_twice():
     twice(with_queries(learned_rows, a=linear(), b=linear()), HoistInvariants())
+
+
+# --------------------------------------------------------------------------------------- out of several loops at once
+def test_keys_and_values_of_images_leave_both_loops(snapshot):
+    before = beside(Beside(layers=1))
+    after, report = HoistInvariants()(before)
+    snapshot("hoist_shared", str(before) + "\n\n" + str(after))
+    assert report.rewrites == ["language_model: 2 values that no loop changes are computed once before all of them"]
+    assert ops_of(after, "language_model.once") == ["linear"] * 2
+    assert "media" not in after.stages["language_model"].inputs
+    assert not any(".k." in w or ".v." in w for w in after.stages["language_model"].weights())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [{}, {"blocks": 2, "together": True, "before": "everything", "sees": True}])
+def test_shared_same_numbers(kind, dtype):
+    before = beside(dtype=dtype, **kind)
+    assert compare(before, HoistInvariants()(before)[0]) is None
+
+
+def test_shared_is_computed_once():
+    before, calls = beside(), []
+    after, _ = HoistInvariants()(before)
+    prompts, pixels = [[3, MARKER, 4, 5], [6, 7], [MARKER, 4, MARKER, 3]], torch.randn(3, 3, 4, 4)
+    options = {"max_new_tokens": 4, "ignore_eos": True}
+    made = after(prompts, pixels, observe=lambda phase, call, *_: calls.append(call.stage), **options)
+    assert calls.count("language_model.once") == 1
+    assert calls.count("language_model") == 3 + 3
+    assert made["tokens"] == before(prompts, pixels, **options)["tokens"]
+
+
+def test_shared_without_any_image():
+    before = beside()
+    after, _ = HoistInvariants()(before)
+    made = [p([[3, 4, 5], [6]], max_new_tokens=4, ignore_eos=True) for p in (before, after)]
+    assert made[0]["tokens"] == made[1]["tokens"]
+    assert not made[1]["language_model.once.0"][:, 1:].numel()  # one block of zeros for each sample
+
+
+def changed(kind):
+    """A program of images outside the text, but something that its language model reads is not what it was."""
+    program = beside()
+    chunks, steps = program.schedule[1:]
+    model = chunks.body[1]
+    if kind == "read under two names":
+        chunks, model = replace(chunks, body=(chunks.body[0], replace(model, rename={"media": "others"}))), None
+    elif kind == "written in a loop":
+        stage = program.stages["images"]
+        program.stages["again"] = stage.replaced(stage.graph)
+        chunks = replace(chunks, body=(Call("again", {"image_rows": "media"}), *chunks.body))
+    elif kind == "made for each chunk":
+        chunks, steps = (
+            replace(lp, body=tuple(replace(c, rename=c.rename | {"media": "chunk.media"}) for c in lp.body))
+            for lp in (chunks, steps)
+        )
+    program.schedule = (program.schedule[0], chunks, steps)
+    return program
+
+
+@pytest.mark.parametrize("kind", ["read under two names", "written in a loop", "made for each chunk"])
+def test_what_a_loop_may_change_stays_in_both(kind):
+    after, report = HoistInvariants()(changed(kind))
+    assert "language_model.once" not in after.stages
+    assert not report.rewrites
+
+
+class SeenProjected(Beside):
+    """A product with what the host makes anew for each call."""
+
+    def forward(self, text, media, seen, attends):
+        return self.head(text + self.mlp[0](attends[..., None].float().expand(text.shape)))
+
+
+def test_what_the_host_makes_for_each_call_stays():
+    program = beside(SeenProjected())
+    unchanged(program, HoistInvariants(), "language_model: every product in it depends on what the loop changes")
+
+
+class OwnAttention(Beside):
+    """Attention written out, with a mask of its own: keys of all images are laid side by side, behind the heads."""
+
+    def forward(self, text, media, seen, attends):
+        (batch, rows), (blocks, keys) = text.shape[:2], media.shape[1:3]
+        q = self.q[0](text).view(batch, rows, 2, 4).transpose(1, 2)
+        k, v = (x(media).view(batch, blocks * keys, 1, 4).transpose(1, 2) for x in (self.k[0], self.v[0]))
+        hidden = ~seen[:, None, :, :, None].expand(batch, 1, rows, blocks, keys).reshape(batch, 1, rows, -1)
+        scores = (q @ k.transpose(2, 3)).masked_fill(hidden, -1e9)
+        out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(text.shape) * attends[..., None]
+        x = text + self.o[0](out)
+        return self.head(x + ops.attention(x, x, x, 2, 2, causal=True))
+
+
+class Mixed(Beside):
+    """Keys of a block depend on the other blocks: the image before it in the prompt would change what is kept of it."""
+
+    def forward(self, text, media, seen, attends):
+        media = media + media.mean(1, keepdim=True)
+        return super().forward(text, media, seen, attends)
+
+
+@pytest.mark.parametrize("language", [OwnAttention, Mixed])
+def test_what_is_not_made_image_by_image_stays(language):
+    why = "language_model: what no loop changes is not made image by image, each block by itself"
+    unchanged(beside(language()), HoistInvariants(), why)
+    assert compare(beside(language()), optimize(beside(language())).program) is None
+
+
+def test_shared_twice():
+    twice(beside(), HoistInvariants())
+
+
+class Negated(HoistInvariants):
+    """A broken pass: keys and values of images are negated on their way out of the loops."""
+
+    def hoist_shared(self, program, report):
+        schedule = super().hoist_shared(program, report)
+        program.stages["language_model.once"] = negated(program.stages["language_model.once"])
+        return schedule
+
+
+def test_wrong_keys_of_images_are_caught(monkeypatch):
+    caught(beside(), Negated(), "language_model")
+    monkeypatch.setattr(contracts, "drawn_weights", lambda program, seed: dict(program.weights))
+    optimize(beside(), [Negated()])  # gates of zero: nothing is noticed with the weights as they are

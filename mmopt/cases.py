@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mmopt.checkpoint import DTYPES, Model, load
-from mmopt.plain import at_model, is_zeroed, tapped
+from mmopt.plain import at_model, cases_of, is_zeroed, read_model_cases, tapped
 from mmopt.points import Pairs, at_engine, at_program, preprocessed
-from mmopt.recorded import TOKEN_IDS, Case, cases_of, read_model_cases
+from mmopt.recorded import TOKEN_IDS, Case
 
 POINTS = ("model", "program", "optimized", "engine")
 

@@ -1,9 +1,11 @@
-"""Run a recorded case on the loaded model: plain PyTorch on full sequences, with hooks on the modules inside."""
+"""Recorded cases of a loaded model, and runs of them on it: plain PyTorch on full sequences, hooks on its modules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,31 @@ from torch import Tensor
 
 from mmopt.beside import tensors
 from mmopt.checkpoint import Model
+from mmopt.family import Cases
 from mmopt.points import Pairs, Run, lay_beside
-from mmopt.recorded import Case, cases_of
+from mmopt.recorded import Case, read_cases
 from mmopt.sight import Seen
+
+
+def cases_of(model: Model) -> Cases:
+    """How the recordings of a model's family are named."""
+    given = model.family.cases
+    return given(model.config) if callable(given) else given
+
+
+def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
+    """`read_cases` for a loaded model."""
+    cross = model.family.cross
+    info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
+    stages = model.family.stages(model.module, 1)
+    dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
+    cases = read_cases(
+        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1
+    )
+    eos = model.config.eos_token_id
+    for case in cases:
+        case.eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    return cases
 
 
 def at_model(model: Model, case: Case, forced: bool) -> Pairs:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmopt.beside import Sights, read_apart
-from mmopt.checkpoint import Model
 from mmopt.family import Cases, Recording
 
 IGNORE = -100  # a label that does not count in the loss
@@ -149,27 +148,6 @@ class Case:
 
     def real(self, x: Tensor) -> Tensor:
         return torch.cat(self.each(x))
-
-
-def cases_of(model: Model) -> Cases:
-    """How the recordings of a model's family are named."""
-    given = model.family.cases
-    return given(model.config) if callable(given) else given
-
-
-def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
-    """`read_cases` for a loaded model."""
-    cross = model.family.cross
-    info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
-    stages = model.family.stages(model.module, 1)
-    dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
-    cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1
-    )
-    eos = model.config.eos_token_id
-    for case in cases:
-        case.eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    return cases
 
 
 def read_cases(

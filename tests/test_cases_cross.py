@@ -188,6 +188,37 @@ def test_ln_post(tmp_path):
     assert ("model", "act.vit.tokens_ln_post") not in bad(found)
 
 
+def test_a_checkpoint_in_parts(tmp_path):
+    """Trained tensors, a stock language model and a stock vision tower: `load_options` say where they lie."""
+    folder = RECORDED / "openflamingo"
+    raw, full = json.loads((folder / "config.json").read_text()), load_file(folder / "full_state_dict.safetensors")
+    trained = {k: full[k] for k in raw["checkpoint_subset_keys"]}
+    language = {
+        k.removeprefix("lang_encoder.").replace(".decoder_layer.", "."): v
+        for k, v in full.items()
+        if k.startswith("lang_encoder.") and k not in trained
+    }
+    language |= {k: torch.zeros(320, 64) for k in ("gpt_neox.embed_in.weight", "embed_out.weight")}
+    tower = {k.removeprefix("vision_"): v for k, v in full.items() if k.startswith("vision_encoder.")}
+    tower = {k.replace("encoder.", "visual.", 1): v for k, v in tower.items()}
+    (tmp_path / "lm").mkdir()
+    save_file(trained, tmp_path / "trained.safetensors")
+    save_file(language, tmp_path / "lm/model.safetensors")
+    save_file(tower, tmp_path / "tower.safetensors")
+    config = raw["model"]["lm"]["hf_config"] | {"model_type": "gpt_neox"}
+    (tmp_path / "lm/config.json").write_text(json.dumps(config))
+    special = {k: raw["model"][k] for k in ("eoc_token_id", "media_token_id", "pad_token_id")}
+    options = {
+        "language_model": tmp_path / "lm",
+        "vision": tmp_path / "tower.safetensors",
+        "vision_heads": 2,
+        **special,
+    }
+    found = replay(tmp_path / "trained.safetensors", [folder / "single.safetensors"], load_options=options)
+    assert passed(found), table(found)
+    assert all("gen_logits_cached" in compared(found, "single", p) for p in cases.POINTS)
+
+
 def test_files_that_are_not_cases(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign\.safetensors.*expected tensors named vision_x.*found w"):

@@ -208,16 +208,11 @@ KINDS = {
 }
 
 
-def open_gates(program):
-    program.weights |= {k: torch.full_like(w, 0.8) for k, w in program.weights.items() if "gates" in k}
-    return program
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimized", [False, True])
 def test_programs(kind, optimized, target, tmp_path):
-    program = open_gates(toys.beside(toys.Beside(kv_heads=2), **KINDS[kind]))
+    program = toys.open_gates(toys.beside(toys.Beside(kv_heads=2), **KINDS[kind]))
     program = optimize(program, check=False).program if optimized else program
     program.info |= {"layers": 2, "kv_heads": 1, "head_dim": 4, "family": "toy", "dtype": "float32", "bos_id": None}
     out = export(program, tmp_path / "engine", target=target, gate=False)
@@ -231,7 +226,7 @@ def test_comparison_reaches_wrong_segments(tmp_path, monkeypatch):
 
     from mmopt.graph import SEGMENT_ATTENTION
 
-    program = open_gates(toys.beside(blocks=2, together=True))
+    program = toys.open_gates(toys.beside(blocks=2, together=True))
     program = optimize(program, check=False).program
 
     def without_mask(e, q, k, v, heads, kv_heads, mask, *rest):

@@ -109,8 +109,8 @@ def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image
         lead = pixels.shape[: pixels.dim() - image_dims]
         if len(lead) < 2 or lead[0] != len(ids) or set(lead[2:]) - {1}:
             raise ValueError(
-                f"{case.name}: expected images [{len(ids)}, images, ...] with {image_dims} dimensions for each and one "
-                f"frame, found {tuple(pixels.shape)}"
+                f"{case.name}: expected images [{len(ids)}, images, ...], {image_dims} dimensions for each, "
+                f"found {tuple(pixels.shape)}"
             )
         case.pixel_values = pixels.flatten(0, len(lead) - 1)
         case.used = list(range(len(case.pixel_values)))

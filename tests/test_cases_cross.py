@@ -226,8 +226,8 @@ def test_files_that_are_not_cases(tmp_path):
     path = changed(tmp_path, "idefics", "single", lambda t: t.update({"in.position_ids": torch.zeros(1, 14)}))
     with pytest.raises(ValueError, match=r"single: unknown input in\.position_ids"):
         replay(RECORDED / "idefics", [path])
-    path = changed(tmp_path, "openflamingo", "single", lambda t: t.update(vision_x=torch.zeros(1, 1, 2, 3, 42, 42)))
-    with pytest.raises(ValueError, match=r"single: expected images .* one frame, found"):
+    path = changed(tmp_path, "openflamingo", "single", lambda t: t.update(vision_x=torch.zeros(2, 1, 1, 3, 42, 42)))
+    with pytest.raises(ValueError, match=r"single: expected images \[1, images, .*found \(2, 1, 1, 3, 42, 42\)"):
         replay(RECORDED / "openflamingo", [path])
     path = changed(tmp_path, "mllama", "two_images", lambda t: t.update({"in.aspect_ratio_ids": torch.ones(1, 3)}))
     with pytest.raises(ValueError, match=r"two_images: expected aspect_ratio_ids for each of 2 images"):

@@ -69,10 +69,11 @@ def sizes_of(stage: Stage, info: dict[str, Any]) -> list[dict[str, int]]:
     symbols = {str(s) for n in stage.placeholders() for s in shape_of(n) if isinstance(s, sympy.Symbol)}
     image = min(info["rows_per_image"], info["context"] - 8)
     keys = (info.get("cross") or {"rows": 1})["rows"]
+    frames = min(3, info.get("max_frames") or 3)
     tried = [
-        {"B": 1, "N": 1, "n": 1, "nv": image, "nt": 3, "nb": 1, "S": 2, "L": 2, "K": keys},
-        {"B": 1, "N": max(1, info["images"]), "n": 3, "nv": 0, "nt": 4, "nb": 3, "S": 1, "L": 4, "K": 2 * keys},
-        {"B": info["batch"], "N": 1, "n": 2, "nv": 0, "nt": 1, "nb": 2, "S": info["batch"], "L": 1, "K": keys},
+        {"B": 1, "N": 1, "F": frames, "n": 1, "nv": image, "nt": 3, "nb": 1, "S": 2, "L": 2, "K": keys},
+        {"B": 1, "N": max(1, info["images"]), "F": 1, "n": 3, "nv": 0, "nt": 4, "nb": 3, "S": 1, "L": 4, "K": 2 * keys},
+        {"B": info["batch"], "N": 1, "F": 1, "n": 2, "nv": 0, "nt": 1, "nb": 2, "S": info["batch"], "L": 1, "K": keys},
     ]
     return [{k: v for k, v in sizes.items() if k in symbols} for sizes in tried]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
+MOST_FRAMES = 8  # of a video, where the model sets no limit
 MISSING = "TensorRT for RTX is not installed: pip install 'mmopt[tensorrt]'"
 
 
@@ -92,7 +93,8 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
             decode = {"B": (1, batch, batch), "nt": one, "S": (1, batch, batch), "L": one}
             ranges = [ranges[0] | prompt, ranges[0] | decode]
         else:
-            ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "nt": text(context)}
+            frames = info.get("max_frames") or MOST_FRAMES
+            ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
         ranges = [
             {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},

@@ -91,9 +91,10 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
         inputs["forced"][0, 0] = info["image_id"]
     if count:
         stage = next(s for s in program.stages.values() if "pixel_values" in s.inputs)
-        made = {}
+        made, frames = {}, min(1 + size, info.get("max_frames") or 1 + size)
         for name, node in stage.input_nodes().items():
-            shape, dtype = (count, *node.meta["shape"][1:]), node.meta["dtype"]
+            shape: list[int] = [count, *(frames if str(s) == "F" else s for s in node.meta["shape"][1:])]
+            dtype = node.meta["dtype"]
             if dtype.is_floating_point:
                 made[name] = torch.randn(shape, generator=g)
             else:

@@ -124,6 +124,7 @@ class Decoder:
                 self._look_calls.append(c)
         inputs = [s["inputs"] for s in facts["stages"].values()]
         self.pixels = next(i["pixel_values"] for i in inputs if "pixel_values" in i)
+        self.takes_frames = self.pixels["shape"][1] == "F"
         self._encode_calls = [c for c in calls if c not in self._look_calls]
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
         known = {"visual", "text", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}
@@ -142,16 +143,17 @@ class Decoder:
             return self.cross["blocks"], self.cross["rows"], self.cross["width"]
         return self.info["rows_per_image"], self.width
 
-    def encode(self, pixels: np.ndarray, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
+    def encode(self, pixels: Any, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
         """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time.
 
         Where images lie outside the text the rows are ``[N, blocks, rows, width]``. `inputs`: what the image stages
-        take beside the pixels, a row for each image.
+        take beside the pixels, a row for each image. If they take videos, an image is ``[frames, 3, H, W]``, and each
+        may have another number of frames.
         """
         rows = Tensor.zeros((len(pixels), *self.rows_shape), self.dtype, self.language.device)
         for i in range(len(pixels)):
             own = {name: np.asarray(x)[i : i + 1] for name, x in (inputs or {}).items()}
-            self.image_values(pixels[i : i + 1], own, image_rows=rows[i : i + 1])
+            self.image_values(np.asarray(pixels[i])[None], own, image_rows=rows[i : i + 1])
         return rows
 
     def image_values(self, pixels: np.ndarray, inputs: dict[str, np.ndarray], **into: Tensor) -> dict[str, Tensor]:

@@ -144,22 +144,46 @@ class Engine:
         """Image rows ``[N, rows, hidden]`` of a list of images or of pixel_values ``[N, 3, H, W]`` (floats).
 
         Where images lie outside the text they are ``[N, blocks, rows, width]``. `inputs`: what the image stages take
-        beside pixel_values.
+        beside pixel_values. In families that take videos an item of the list may be a list of frames, and pixel_values
+        may be ``[N, frames, 3, H, W]``.
         """
         if not (isinstance(images, np.ndarray) and images.ndim >= 4 and images.dtype != np.uint8):
-            images, inputs, _ = self._pixels(images)
-        expected = tuple(self.decoder.pixels["shape"][1:])
-        if images.shape[1:] != expected:
-            raise EngineError(f"pixel_values have shape {images.shape}, expected (N, {', '.join(map(str, expected))})")
+            pixels, inputs, _ = self._pixels(images)
+            return self.decoder.encode(pixels, inputs)
+        shape, expected = images.shape, self.decoder.pixels["shape"][1:]
+        if self.decoder.takes_frames and images.ndim == 4:
+            images = images[:, None]
+        if images.ndim == len(expected) + 1 and expected[0] == "F":
+            self._check_frames(images.shape[1], "a video of pixel_values")
+            expected = [images.shape[1], *expected[1:]]
+        if images.shape[1:] != tuple(expected):
+            expected = self.decoder.pixels["shape"][1:]
+            raise EngineError(f"pixel_values have shape {shape}, expected (N, {', '.join(map(str, expected))})")
         return self.decoder.encode(images, inputs)
 
-    def _pixels(self, images: Sequence[Any]) -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
-        """(pixel_values, what the image stages take beside them, tiles of each image that count or None)."""
+    def _pixels(self, images: Sequence[Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray], Any]:
+        """(pixels of each image, what the image stages take beside them, tiles of each image that count or None)."""
+        listed = list(images) if isinstance(images, list | tuple) else []
+        counts = [len(x) if _is_video(x) else 1 for x in listed]
+        for i, x in enumerate(listed):
+            if _is_video(x):
+                self._check_frames(len(x), f"image {i}")
+        flat = [frame for x in listed for frame in (x if _is_video(x) else [x])]
         with _engine_errors():
-            made = self.image_processor(images)
+            made = self.image_processor(flat if listed else images)
         inputs = dict(made) if isinstance(made, dict) else {"pixel_values": made}
-        tiles = inputs.pop("tiles", None)
-        return inputs.pop("pixel_values"), inputs, tiles
+        tiles, pixels = inputs.pop("tiles", None), inputs.pop("pixel_values")
+        if not self.decoder.takes_frames:
+            return list(pixels), inputs, tiles
+        return np.split(pixels, np.cumsum(counts)[:-1]) if counts else list(pixels[:, None]), inputs, tiles
+
+    def _check_frames(self, frames: int, what: str) -> None:
+        if not self.decoder.takes_frames:
+            raise EngineError(f"{what} is a list of frames, but {self.info['family']} takes single images, no videos")
+        most = self.info.get("max_frames")
+        if frames < 1 or (most is not None and frames > most):
+            limit = "at least 1" if most is None else f"1 to {most}"
+            raise EngineError(f"{what} has {frames} frames, expected {limit}")
 
     # ------------------------------------------------------------------------------------ for checks and measurement
     def run_ids(
@@ -339,6 +363,10 @@ def _digest(*arrays: np.ndarray) -> str:
     for x in arrays:
         digest.update(np.ascontiguousarray(x).data)
     return digest.hexdigest()
+
+
+def _is_video(image: Any) -> bool:
+    return isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
 
 
 def _each(rows: Tensor | None) -> list[Tensor]:

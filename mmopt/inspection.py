@@ -254,7 +254,7 @@ def _calls(program: Program, info: dict, chunks: list[Chunk], past: int, new_tok
     for item in program.schedule:
         if isinstance(item, Call):
             if info["images"] or phase != "encode":
-                add([item], 1, {"N": batch * info["images"], "B": batch, "nb": blocks}, 0)
+                add([item], 1, {"N": batch * info["images"], "F": 1, "B": batch, "nb": blocks}, 0)
         elif item.over:
             phase, before = "prefill", 0
             sight = Sight(info, info["images"]) if cross else None

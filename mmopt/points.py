@@ -237,7 +237,9 @@ def value_pairs(case: Case, made: dict[str, Tensor], values: dict[str, str]) -> 
 
 def encode(program: Program, pixel_values: Tensor | None) -> dict[str, Tensor]:
     """The stages before the prompt, on images alone."""
-    values = {} if pixel_values is None else {"pixel_values": pixel_values.to(program.info["torch_dtype"])}
+    values = {}
+    if pixel_values is not None:
+        values["pixel_values"] = program.as_frames(pixel_values.to(program.info["torch_dtype"]))
     for call in program.schedule:
         if isinstance(call, Call) and all(call.rename.get(n, n) in values for n in program.stages[call.stage].inputs):
             stage = program.stages[call.stage]

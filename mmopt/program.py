@@ -181,6 +181,7 @@ class Program:
     ) -> dict[str, Any]:
         """Run the schedule: prompts are token ids with the image id where an image stands, images in order.
 
+        pixel_values are images ``[N, 3, H, W]``, in families that take videos also ``[N, frames, 3, H, W]``.
         Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
         them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
         `image_inputs`: what the image stages take beside pixel_values. Where images lie outside the text: `images` of
@@ -199,7 +200,7 @@ class Program:
             for k, (shape, dtype) in self.state.items()
         }
         if pixel_values is not None:
-            values["pixel_values"] = pixel_values.to(self.info["torch_dtype"])
+            values["pixel_values"] = self.as_frames(pixel_values.to(self.info["torch_dtype"]))
             values |= image_inputs or {}
         media = None if self.info.get("cross") is None else Media(self, chunks, before, tiles)
         tokens: list[Tensor] = []
@@ -216,6 +217,19 @@ class Program:
                 self._decode(item, values, tokens, max_new_tokens, forced, ignore_eos, observe, media)
         values["tokens"] = self._until_end(tokens, len(prompts), ignore_eos)
         return values
+
+    def as_frames(self, pixel_values: Tensor) -> Tensor:
+        """Images as videos of one frame, if the image stages take videos. ValueError if there are too many frames."""
+        nodes = (s.input_nodes().get("pixel_values") for s in self.stages.values())
+        wanted = next((shape_of(n) for n in nodes if n is not None), ())
+        if len(wanted) < 2 or str(wanted[1]) != "F":
+            return pixel_values
+        if pixel_values.dim() == len(wanted) - 1:
+            pixel_values = pixel_values[:, None]
+        most = self.info.get("max_frames")
+        if most is not None and pixel_values.shape[1] > most:
+            raise ValueError(f"pixel_values have {pixel_values.shape[1]} frames, the model takes at most {most}")
+        return pixel_values
 
     def _call(self, call: Call, values: dict, phase: str, observe, chunk: Chunk | None) -> None:
         stage = self.stages[call.stage]

@@ -22,7 +22,7 @@ class Request:
 
     prompt: a question, a conversation ``[{"role": "user" | "assistant", "content": str}, ...]``, or token ids.
     images: one for each image marker (or image id) of the prompt, in order; before a question that has no marker they
-        are put in front. Each is a path, URL, bytes, PIL image or array.
+        are put in front. Each is a path, URL, bytes, PIL image or array, or a list of these: the frames of a video.
     max_new_tokens: by default as many as the cache has room for.
     temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), of which `top_k`
         keeps the k likeliest and then `top_p` the fewest that hold this share of the rest. `seed` fixes the draws.

@@ -17,7 +17,7 @@ from mmopt.program import Call, Loop, Program, Stage
 from mmopt.sight import PER_CALL
 
 # Sizes to trace at: at least 2 (1 would be taken for a constant) and all different (equal ones would be tied together).
-EXAMPLE = {"B": 3, "N": 2, "nv": 5, "nt": 7, "nb": 4}
+EXAMPLE = {"B": 3, "N": 2, "F": 6, "nv": 5, "nt": 7, "nb": 4}
 # What the host makes for each call of the language model, or once for all of them (media); all else is carried.
 GIVEN = {"visual", "text", "media", *PER_CALL}
 
@@ -87,6 +87,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "image_id": model.image_id,
         "image_marker": model.family.image_marker,
         "rows_per_image": c.rows_per_image,
+        "max_frames": getattr(c, "max_frames", None),
         "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]
         "hidden_size": c.hidden_size,
         "vocab_size": c.vocab_size,

@@ -146,7 +146,7 @@ def cases(config: Any) -> Cases:
         rtol=1e-4,
         recordings=(FORWARD, FED, NO_PAST, WHOLE, VIDEO),
         values={"act.vit.tokens": "vision_rows", "act.perceiver.out": "image_rows", "act.lm.embed": "text"}
-        | {"out.video.vision_rows": "vision_rows"},
+        | {"out.video.vision_rows": "vision_rows", "out.video.plain": "image_rows"},
         left_padding=True,
         unread={
             "act.vit.pooled": "no one reads the class row that the vision tower would pool",

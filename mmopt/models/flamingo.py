@@ -1,8 +1,8 @@
 """Flamingo: Alayrac et al. 2022, arXiv:2204.14198; reference implementation OpenFlamingo (mlfoundations/open_flamingo).
 
 A CLIP vision tower, a perceiver resampler that turns the patch rows of each image into a few latent rows, and a
-language model with gated cross-attention to those rows before some of its layers. Modules are named as the official
-state dict names them.
+language model with gated cross-attention to those rows before some of its layers. A video is an image of several
+frames, whose patch rows the resampler reads together. Modules are named as the official state dict names them.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ class Config:
     bos_token_id = property(lambda self: self.lm.bos_token_id)
     tie_word_embeddings = property(lambda self: self.lm.tie_word_embeddings)
     rows_per_image = property(lambda self: 1)  # the marker's own row: images lie outside the text
+    max_frames = property(lambda self: self.perceiver.max_num_frames)  # None: any number
 
 
 # Values that would change the maths and that this implementation does not know are refused by name.
 FIXED: dict[str, dict] = {
     "model.vision": {},
-    "model.perceiver": {"max_num_media": None, "max_num_frames": None},  # no official model has time embeddings
+    "model.perceiver": {},
     "model.gated_cross_attn": {"only_attend_immediate_media": True},
 }
 
@@ -100,6 +101,11 @@ def parse_config(raw: dict) -> Config:
     wrong = []
     if vision.image_size % vision.patch_size or vision.width % vision.heads:
         wrong.append("model.vision: image_size must be a multiple of patch_size, and width of heads")
+    if perceiver.max_num_media is not None:
+        wrong.append(
+            f"model.perceiver.max_num_media is {perceiver.max_num_media}, only None is supported: with media time "
+            "embeddings an image's rows depend on its place in the prompt, and here each image is encoded by itself"
+        )
     if vision.act not in ACTIVATIONS:
         wrong.append(f"model.vision.act is {vision.act!r}, expected one of {', '.join(ACTIVATIONS)}")
     n, every = decoder.num_hidden_layers, m.get("cross_attn_every_n_layers", 1)
@@ -231,7 +237,8 @@ class Perceiver(nn.Module):
 
     def forward(self, rows: Tensor, frames: int = 1, media: Tensor | None = None) -> Tensor:
         if hasattr(self, "frame_embs"):
-            rows = (rows.unflatten(1, (frames, -1)) + self.frame_embs[:frames, None]).flatten(1, 2)
+            times = F.embedding(torch.arange(frames, device=rows.device), self.frame_embs)
+            rows = (rows.unflatten(1, (frames, -1)) + times[:, None]).flatten(1, 2)
         if hasattr(self, "media_time_embs"):
             rows = rows + self.media_time_embs[media]
         x = self.latents.expand(rows.shape[0], -1, -1)
@@ -302,8 +309,18 @@ class Flamingo(nn.Module):
         self.lang_encoder.tie_weights()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` -> one block of latent rows each ``[N, 1, num_latents, width]``."""
-        return self.perceiver(self.vision_encoder(pixel_values)).unsqueeze(1)
+        """Images ``[N, 3, H, W]`` or videos ``[N, frames, 3, H, W]`` -> one block of latent rows each
+        ``[N, 1, num_latents, width]``."""
+        return self.resample(self.encode_frames(pixel_values if pixel_values.dim() == 5 else pixel_values[:, None]))
+
+    def encode_frames(self, pixel_values: Tensor) -> Tensor:
+        """``[N, frames, 3, H, W]`` -> patch rows ``[N, frames, patches, width]``"""
+        rows = self.vision_encoder(pixel_values.flatten(0, 1))
+        return rows.reshape(*pixel_values.shape[:2], *rows.shape[1:])
+
+    def resample(self, rows: Tensor) -> Tensor:
+        """``[N, frames, patches, width]`` -> ``[N, 1, num_latents, width]``"""
+        return self.perceiver(rows.flatten(1, 2), rows.shape[1]).unsqueeze(1)
 
     def forward(self, x: Tensor, media: Tensor, seen: Tensor, attends: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text rows x ``[B, S, hidden]`` beside media ``[B, blocks, num_latents, width]`` -> logits ``[B, S, vocab]``.
@@ -349,15 +366,13 @@ def stages(model: Flamingo, capacity: int) -> dict[str, StageSpec]:
     c, v, n = model.config, model.config.vision, model.config.perceiver.num_latents
     dtype = model.perceiver.latents.dtype
     cache = [TensorSpec(("B", c.num_key_value_heads, capacity, c.head_dim), dtype)] * c.num_hidden_layers
-    pixels = TensorSpec(("N", 3, v.image_size, v.image_size), dtype)
-    vision_rows = TensorSpec(("N", v.grid**2, v.width), dtype)
+    pixels = TensorSpec(("N", "F", 3, v.image_size, v.image_size), dtype)
+    vision_rows = TensorSpec(("N", "F", v.grid**2, v.width), dtype)
     return {
         "encode_vision": StageSpec(
-            Part(model, lambda m, x: m.vision_encoder(x)), {"pixel_values": pixels}, ["vision_rows"]
+            Part(model, lambda m, x: m.encode_frames(x)), {"pixel_values": pixels}, ["vision_rows"]
         ),
-        "resample": StageSpec(
-            Part(model, lambda m, x: m.perceiver(x).unsqueeze(1)), {"vision_rows": vision_rows}, ["image_rows"]
-        ),
+        "resample": StageSpec(Part(model, lambda m, x: m.resample(x)), {"vision_rows": vision_rows}, ["image_rows"]),
         "embed": StageSpec(
             Part(model, lambda m, x: m.lang_encoder.embedding(x)),
             {"ids": TensorSpec(("B", "nt"), torch.int64)},

@@ -81,6 +81,8 @@ class Chat:
             self._cache = self._cache or Cache(decoder, 1)
             kept = _common(self._fed, ids[:-1])  # at least one row must be fed, to get logits
             used = ids[:kept].count(self._engine.info["image_id"])
+            if used < len(job.images) and decoder.sees_ahead(ids):  # the new images change rows that were read before
+                kept = used = 0
             self._fed = ids[:kept]
             self._cache.past[0] = count_rows(self._fed, self._engine.info)
             if decoder.cross:

@@ -143,6 +143,10 @@ class Decoder:
             return self.cross["blocks"], self.cross["rows"], self.cross["width"]
         return self.info["rows_per_image"], self.width
 
+    def sees_ahead(self, ids: Sequence[int]) -> bool:
+        """Whether rows of a prompt see images that come after it, so that these change them."""
+        return bool(self.cross) and self.cross["before"] == "everything" and ids[0] != self.info["image_id"]
+
     def encode(self, pixels: Any, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
         """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time.
 

@@ -47,6 +47,8 @@ class Engine:
         self.directory = Path(directory)
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected at least 1")
+        if keep_bytes < 0:
+            raise EngineError(f"keep_bytes is {keep_bytes}, expected 0 (nothing is kept) or more")
         facts = read_directory(self.directory, verify_checksums)
         self.dtype, self.info, self.target = facts["dtype"], facts["info"], facts.get("target")
         self.provider = choose_provider(provider, self.dtype)
@@ -273,6 +275,11 @@ class Engine:
                 f"for, but the cache holds {self.info['context']}"
             )
         self._count_images(ids, len(earlier) + len(request.images))
+        if start and request.images and self.decoder.sees_ahead(start.ids):
+            raise EngineError(
+                f"{self.info['family']}: text before the first image sees all images, so images after a prefix would "
+                "change its rows; let the prefix begin with an image, or give the images without a prefix"
+            )
         new, _ = self._ready(request.images)
         answer = Answer(request, limit, frozenset(self.info["eos_ids"]), self._text, prompt_rows=rows)
         return Job(answer, ids, [*earlier, *new], prefix=start)

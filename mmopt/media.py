@@ -29,6 +29,8 @@ class Media:
         for call in (i for i in program.schedule if not hasattr(i, "body")):
             if self.apart & {call.rename.get(n, n) for n in program.stages[call.stage].inputs}:
                 self.apart |= {call.rename.get(n, n) for n in program.stages[call.stage].outputs}
+        looped = {c.stage for i in program.schedule if hasattr(i, "body") for c in i.body}
+        self.masked = any(self.apart & set(program.stages[name].inputs) for name in looped)  # over all blocks
         self.segmented: dict[str, str] = self.info.get("segments", {})
 
     def lay_out(self, values: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ class Media:
         """What the rows of one token for each sample see."""
         rows = [[s.decode(t)] for s, t in zip(self.sights, values["ids"][:, 0].tolist(), strict=True)]
         counts = [len(i) * self.blocks for i in self.of_sample]
-        if len(set(counts)) > 1 and any(r == [()] for r in rows) and not self.segmented:
+        if self.masked and len(set(counts)) > 1 and any(r == [()] for r in rows):
             raise ValueError("a sample that sees none of its images beside samples with another number: run them apart")
         return self._seen(rows, {k: values[k] for k in self.apart if k in values}, counts)
 

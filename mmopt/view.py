@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmopt.session import Tensor
+from mmopt.session import EngineError, Tensor
 from mmopt.sight import PER_CALL, Seen, Sight, gather, key_mask, masks, segments
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ class View:
 def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
     """The inputs of a call of the language model that tell what each row of each view sees."""
     model, cross = decoder.language, decoder.info["cross"]
-    most = max(1, *(len(v.images) * cross["blocks"] for v in views))
+    counts = [len(v.images) * cross["blocks"] for v in views]
+    most = max(1, *counts)
+    if decoder.whole and len(set(counts)) > 1 and any(r == () for row in rows for r in row):
+        raise EngineError("a sample that sees none of its images beside samples with another number: run them apart")
     made: dict[str, np.ndarray] = {}
     each = [masks(r, most) for r in rows]
     made |= {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3]) if name in model.inputs}

@@ -130,6 +130,16 @@ def test_a_row_that_sees_none_weighs_all_of_its_own_sample(programs):
             torch.testing.assert_close(together[1][2 + i][b : b + 1], step, atol=1e-5, rtol=1e-4)
 
 
+def test_a_layer_that_keeps_its_mask_cannot_do_that():
+    """The last layer works on the last row alone, so it still reads all blocks with a mask."""
+    fast = optimize(open_gates(beside(Beside(mixed=False)))).program
+    assert "seen" in fast.stages["language_model"].inputs
+    assert fast.info["segments"]
+    with pytest.raises(ValueError, match="sees none of its images beside samples with another number: run them apart"):
+        run(fast, [[MARKER, 4, MARKER, 5], [MARKER, 3, MARKER]], pixels(3), images=[1, 2])
+    run(fast, [[MARKER, 4, MARKER, 5], [MARKER, 3, MARKER]], pixels(2), images=[1, 1])
+
+
 @pytest.mark.parametrize("before", [[1], [2], [3]])
 def test_markers_that_came_before(programs, before):
     plain, fast = programs

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmopt import alone
 from mmopt.checkpoint import DTYPES, Model, load
 from mmopt.plain import at_model, cases_of, is_zeroed, read_model_cases, tapped
 from mmopt.points import Pairs, at_engine, at_program, preprocessed
@@ -119,7 +120,7 @@ class Line:
         from mmopt.tracing import trace
 
         self.tell(f"trace: batch {self.batch}, {self.images} images, context {self.context}")
-        return trace(self.model, batch=self.batch, images=max(self.images, 1), context=max(self.context, 2))
+        return trace(self.model, batch=self.batch, images=max(self.images, 1), context=max(self.context, 8))
 
     def _optimized(self) -> Any:
         from mmopt.pipeline import optimize
@@ -189,8 +190,10 @@ def _run(line: Line, point: str, case: Case, forced: bool) -> Pairs:
     made = line.point(point)
     if point == "engine":
         engine, settings = made
-        return at_engine(engine, case, forced, values) | preprocessed(settings, case)
+        pairs = at_engine(engine, case, forced, values) | preprocessed(settings, case)
+        return pairs | alone.at_point(point, line.model.module, line.point("program").info, case)
     pairs = at_program(made, case, forced, all_rows=point == "program", values=values)
+    pairs |= alone.at_point(point, line.model.module, made.info, case)
     return pairs | preprocessed(made.info["processing"]["image"], case)
 
 

@@ -52,12 +52,14 @@ class Recording:
 
     names: recorded name -> what `mmopt.recorded` calls it; ``*`` is any text, the same on both sides. Taps look for the
     latter. A file holds this run if it has all of `needs`, or any input if that is empty. run: instead of a prompt, a
-    function of the module and the file's tensors by their new names -> our own values by the same names.
+    function of the module and the file's tensors by their new names -> our own values by the same names. alone: from
+    the same a stage that the file has the weights of, and for each value that it makes its inputs (or None).
     """
 
     names: dict[str, str]
     needs: tuple[str, ...] = ()
     run: Callable[[Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    alone: Callable[[Any, dict[str, torch.Tensor]], tuple[StageSpec, dict[str, dict]] | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Case:
     sights: Sights | None = None
     fed: Tensor | None = None  # [B, n] ids that are fed after the prompt
     run: Callable[[Any], dict[str, Tensor]] | None = None  # instead of a prompt: module -> outputs by name used here
+    alone: Callable[[Any], Any] | None = None  # see `mmopt.family.Recording`, for this file's tensors
 
     @property
     def is_prompt(self) -> bool:
@@ -191,7 +192,8 @@ def read_cases(
             means = {k: c.replace("in.seen", "out.sight.seen") for k, c in names.items() if k in outputs}
             case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
             if recording.run is not None:
-                case.run = _bound(recording, given, outputs, means)
+                case.run = _bound(recording.run, given, outputs, means)
+                case.alone = _bound(recording.alone, given, outputs, means) if recording.alone else None
                 if (pixels := given.get("in.pixel_values")) is not None:
                     case.pixel_values = pixels.flatten(0, -image_dims - 1)
             elif info is None:
@@ -218,9 +220,9 @@ def _held(recording: Recording, tensors: dict[str, Tensor]) -> dict[str, str]:
     return names if whole and held - inputs else {}
 
 
-def _bound(recording: Recording, given: dict, outputs: dict, means: dict) -> Callable[[Any], dict[str, Tensor]]:
-    run, tensors = recording.run, given | {means[k]: x for k, x in outputs.items()}
-    return lambda module: run(module, tensors)  # type: ignore[misc]
+def _bound(run: Callable, given: dict, outputs: dict, means: dict) -> Callable[[Any], Any]:
+    tensors = given | {means[k]: x for k, x in outputs.items()}
+    return lambda module: run(module, tensors)
 
 
 def _among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_image: int) -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmopt.family import Cases, Recording
+from mmopt.family import Cases, Recording, StageSpec, TensorSpec
 from mmopt.models._decoders import KINDS
 
 VISION_TAPS = {
@@ -79,25 +79,43 @@ WHOLE = Recording(
 
 
 def resample_frames(module: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A resampler of its own weights, with time embeddings, on several frames for each image.
+    """The model's resampler on several frames for each image, and a resampler that the file has the weights of."""
+    frames = given["in.pixel_values"].to(module.perceiver.latents.dtype)
+    rows = module.encode_frames(frames.flatten(0, 1))
+    made = {"out.video.vision_rows": rows, "out.video.plain": module.resample(rows)[:, 0]}
+    if found := own_resampler(module, given):
+        spec, inputs = found
+        made |= {k: spec.module(**x) for k, x in inputs.items()}
+    return {k: x.unflatten(0, frames.shape[:2]) for k, x in made.items()}
+
+
+class Alone(nn.Module):
+    def __init__(self, perceiver: nn.Module):
+        super().__init__()
+        self.root = perceiver
+
+    def forward(self, vision_rows: Tensor, number: Tensor) -> Tensor:
+        return self.root(vision_rows.flatten(1, 2), vision_rows.shape[1], number)
+
+
+def own_resampler(module: Any, given: dict[str, Tensor]) -> tuple[StageSpec, dict[str, dict[str, Tensor]]] | None:
+    """The resampler of a file's own weights, with time embeddings, as a stage, and its inputs for each value.
 
     The file does not say how many heads there are. All numbers are tried, and the one that fits ``first_frame`` best is
     taken: so this value tells little, and ``rows`` tells all.
     """
-    weights = {k.removeprefix("in.weights."): x for k, x in given.items() if k.startswith("in.weights.")}
-    weights = {k: x.to(module.perceiver.latents.dtype) for k, x in weights.items()}
-    frames = given["in.pixel_values"].to(module.perceiver.latents.dtype)
-    batch, images, count = frames.shape[:3]
-    rows = module.vision_encoder(frames.flatten(0, 2))
-    rows = rows.view(batch * images, count, *rows.shape[1:])
-    number = torch.arange(images).repeat(batch)
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(0, (batch, images))
-
-    made = {"out.video.vision_rows": split(rows), "out.video.plain": split(module.perceiver(rows.flatten(1, 2)))}
+    dtype = module.perceiver.latents.dtype
+    weights = {k.removeprefix("in.weights."): x.to(dtype) for k, x in given.items() if k.startswith("in.weights.")}
     if not weights:
-        return made
+        return None
+    frames = given["in.pixel_values"].to(dtype)
+    with torch.no_grad():
+        rows = module.encode_frames(frames.flatten(0, 1))
+    number = torch.arange(frames.shape[1]).repeat(frames.shape[0])
+    inputs = {
+        "out.video.first_frame": {"vision_rows": rows[:, :1], "number": number},
+        "out.video.rows": {"vision_rows": rows, "number": number},
+    }
     inner, width = weights["layers.0.0.to_q.weight"].shape
     sizes = {"max_num_frames": "frame_embs", "max_num_media": "media_time_embs", "num_latents": "latents"}
     config = replace(
@@ -106,14 +124,18 @@ def resample_frames(module: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         ff_mult=weights["layers.0.1.1.weight"].shape[0] // width,
         **{k: len(weights[name]) if name in weights else None for k, name in sizes.items()},
     )
-    tried = []
+    known, fits = next((k for k in inputs if k in given), None), []
     for heads in (h for h in range(1, inner + 1) if inner % h == 0):
-        own = type(module.perceiver)(width, replace(config, heads=heads, dim_head=inner // heads)).to(rows.dtype)
+        own = type(module.perceiver)(width, replace(config, heads=heads, dim_head=inner // heads)).to(dtype)
         own.load_state_dict(weights)
-        first, every = own(rows[:, 0], 1, number), own(rows.flatten(1, 2), count, number)
-        tried.append({"out.video.first_frame": split(first), "out.video.rows": split(every)})
-    known = next((k for k in tried[0] if k in given), None)
-    return made | min(tried, key=lambda x: 0.0 if known is None else float((x[known] - given[known]).abs().max()))
+        alone = Alone(own.requires_grad_(False))
+        off = alone(**inputs[known]).view_as(given[known]) - given[known] if known else torch.zeros(1)
+        fits.append((float(off.abs().max()), heads, alone))
+    shapes: dict[str, TensorSpec | list[TensorSpec]] = {
+        "vision_rows": TensorSpec(("N", "F", *rows.shape[2:]), dtype),
+        "number": TensorSpec(("N",), torch.int64),
+    }
+    return StageSpec(min(fits)[2], shapes, ["image_rows"]), inputs
 
 
 VIDEO = Recording(
@@ -127,6 +149,7 @@ VIDEO = Recording(
     },
     needs=("in.pixel_values",),
     run=resample_frames,
+    alone=own_resampler,
 )
 
 

@@ -240,7 +240,8 @@ class Perceiver(nn.Module):
             times = F.embedding(torch.arange(frames, device=rows.device), self.frame_embs)
             rows = (rows.unflatten(1, (frames, -1)) + times[:, None]).flatten(1, 2)
         if hasattr(self, "media_time_embs"):
-            rows = rows + self.media_time_embs[media]
+            assert media is not None
+            rows = rows + F.embedding(media, self.media_time_embs[:, 0])[:, None]
         x = self.latents.expand(rows.shape[0], -1, -1)
         for attention, ff in self.layers:
             x = x + attention(rows, x)

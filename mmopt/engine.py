@@ -121,20 +121,18 @@ class Engine:
         (`keep_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
         """
         with _engine_errors("the prefix is neither text nor token ids: "):
-            if isinstance(prompt, str):
-                ids = self.text.encode(self.template.user + self.with_markers(prompt, images))
-            else:
-                ids = [int(t) for t in prompt]
+            text = self.template.user + self.with_markers(prompt, images) if isinstance(prompt, str) else None
+            ids = [int(t) for t in prompt] if text is None else self.text.encode(text)
         self._count_images(ids, len(images))
         with _engine_errors():
             plan([ids], self.info, 1)
         ready, keys = self._ready(images)
-        key = ("prefix", tuple(ids), tuple(keys))
+        key = ("prefix", tuple(ids), tuple(keys), text)
         made = self.store.get(key)
         if made is None:
             cache = Cache(self.decoder, 1)
             self.decoder.prefill(cache, 0, ids, ready)
-            made = take(cache, 0, tuple(ids), ready, self.fingerprint, self.dtype)
+            made = take(cache, 0, tuple(ids), ready, self.fingerprint, self.dtype, text)
             self.store.put(key, made, made.nbytes)
         return made
 
@@ -249,7 +247,7 @@ class Engine:
         if start is not None and start.made_for != self.fingerprint:
             raise EngineError("the prefix was made for another engine")
         if start is not None:
-            ids = self._rest_of_message(request)
+            ids = self._rest_of_message(request, start)
         elif isinstance(request.prompt, str):
             content = self.with_markers(request.prompt, request.images)
             ids = self._render([{"role": "user", "content": content}])
@@ -284,14 +282,21 @@ class Engine:
         answer = Answer(request, limit, frozenset(self.info["eos_ids"]), self._text, prompt_rows=rows)
         return Job(answer, ids, [*earlier, *new], prefix=start)
 
-    def _rest_of_message(self, request: Request) -> list[int]:
-        """Ids of a prompt that goes on from a prefix: text is the rest of the user's message."""
+    def _rest_of_message(self, request: Request, start: Prefix) -> list[int]:
+        """Ids of a prompt that goes on from a prefix: text is the rest of the user's message.
+
+        It is encoded behind the text of the prefix, as in one go, unless that would change the last ids of the prefix.
+        """
         if not isinstance(request.prompt, str):
             with _engine_errors("after a prefix the prompt must be text or token ids: "):
                 return [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        content = self.with_markers(request.prompt, request.images)
+        rest = self.with_markers(request.prompt, request.images) + self.template.separator + self.template.assistant
         with _engine_errors():
-            ids = self.text.encode(content + self.template.separator + self.template.assistant)
+            if start.text is not None:
+                whole = self.text.encode(start.text + rest)
+                if whole[: len(start.ids)] == list(start.ids):
+                    return whole[len(start.ids) :]
+            ids = self.text.encode(rest)
         return ids if self.text.bos_id is None else ids[1:]
 
     def _ready(self, images: Sequence[Any]) -> tuple[list[Image], list[str]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmopt.planning import count_rows
 from mmopt.session import DTYPES, EngineError, Tensor
 from mmopt.view import Image, View
 
@@ -24,7 +27,8 @@ SCHEMA = 1
 class Prefix:
     """What `Engine.prefix` returns. `caches`: name -> filled rows ``[kv_heads, rows, head_dim]``, as they are stored.
 
-    made_for: the engine's fingerprint; another engine would read its rows wrongly, so it refuses them.
+    made_for: the engine's fingerprint; another engine would read its rows wrongly, so it refuses them. text: what the
+    ids were made from, if not ids were given.
     """
 
     ids: tuple[int, ...]
@@ -34,13 +38,15 @@ class Prefix:
     view: View | None = field(repr=False)
     made_for: str
     dtype: str
+    text: str | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.caches.values()) + sum(i.nbytes for i in self.images)
 
     def save(self, path: str | Path) -> Path:
-        """Write a file; it appears whole or not at all."""
+        """Write a file; it appears whole or not at all. EngineError if it cannot be written."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         path = Path(path)
@@ -49,14 +55,17 @@ class Prefix:
             tensors |= {f"image.{i}.{k}": _bits(t) for k, t in {"rows": image.rows, **image.apart}.items()}
         said = {
             "schema": SCHEMA, "made_for": self.made_for, "ids": self.ids, "rows": self.rows, "dtype": self.dtype,
-            "tiles": [i.tiles for i in self.images],
+            "tiles": [i.tiles for i in self.images], "text": self.text,
         }  # fmt: skip
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
         try:
             save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, partial, {"prefix": json.dumps(said)})
             partial.replace(path)
+        except (OSError, SafetensorError) as e:
+            raise EngineError(f"{path}: cannot be written ({e})") from e
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
         return path
 
 
@@ -86,27 +95,45 @@ def read(path: str | Path, decoder: Decoder, made_for: str) -> Prefix:
     try:
         with safe_open(path, "np") as f:
             said = json.loads((f.metadata() or {}).get("prefix", "{}"))
-            if said.get("schema") != SCHEMA:
-                raise EngineError(f"{path}: not a prefix of schema {SCHEMA}, found {said.get('schema')}")
+            schema = said.get("schema") if isinstance(said, dict) else None
+            if schema != SCHEMA:
+                raise EngineError(f"{path}: not a prefix of schema {SCHEMA}, found {schema}")
             if said["made_for"] != made_for:
                 raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  it is no dict
+        return _assembled(said, tensors, decoder, made_for)
+    except EngineError:
+        raise
     except (OSError, SafetensorError, json.JSONDecodeError) as e:
         raise EngineError(f"{path}: cannot be read as a stored prefix ({e})") from e
-    dtype, device = said["dtype"], decoder.language.device
+    except (KeyError, TypeError, ValueError) as e:
+        raise EngineError(f"{path}: not of the expected form ({type(e).__name__}: {e})") from e
+
+
+def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], decoder: Decoder, made_for: str) -> Prefix:
+    """A prefix from what a file holds. ValueError or KeyError if that is not what the engine would have written."""
+    dtype, rows, device, model = said["dtype"], said["rows"], decoder.language.device, decoder.language
+    if dtype != decoder.dtype or rows != count_rows(said["ids"], decoder.info):
+        raise ValueError(f"{rows} rows in {dtype}, expected {count_rows(said['ids'], decoder.info)} in {decoder.dtype}")
     images = []
     for i, tiles in enumerate(said["tiles"]):
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"image.{i}.")}
         made = {k: Tensor.of(x, dtype, device) for k, x in own.items()}
-        images.append(Image(made.pop("rows"), made, tiles))
-    caches = {k.removeprefix("cache."): x for k, x in tensors.items() if k.startswith("cache.")}
+        images.append(Image(made.pop("rows"), {k: made[k] for k in (*decoder.whole, *decoder.segmented)}, tiles))
+    caches = {k: tensors[f"cache.{k}"] for k in model.inputs if k in model.outputs and k != "past"}
+    for k, x in caches.items():
+        _, heads, _, width = model.inputs[k]["shape"]
+        if x.shape != (heads, rows, width):
+            raise ValueError(f"{k} has shape {x.shape}, expected {(heads, rows, width)}")
     view = View(decoder.info, images) if decoder.cross else None
     if view:
         view.sight.read(said["ids"])
-    return Prefix(tuple(said["ids"]), said["rows"], images, caches, view, made_for, dtype)
+    return Prefix(tuple(said["ids"]), rows, images, caches, view, made_for, dtype, said.get("text"))
 
 
-def take(cache: Cache, lane: int, ids: tuple[int, ...], images: list[Image], made_for: str, dtype: str) -> Prefix:
+def take(
+    cache: Cache, lane: int, ids: tuple[int, ...], images: list[Image], made_for: str, dtype: str, text: str | None
+) -> Prefix:
     """What lies in a lane, as a prefix of its own."""
     rows = int(cache.past[lane])
     caches: dict[str, np.ndarray] = {}
@@ -114,7 +141,7 @@ def take(cache: Cache, lane: int, ids: tuple[int, ...], images: list[Image], mad
         whole = t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
         caches[name] = whole[lane, :, :rows].astype(DTYPES[t.dtype][0], copy=True)
     view = cache.views[lane].copy() if cache.views else None
-    return Prefix(ids, rows, images, caches, view, made_for, dtype)
+    return Prefix(ids, rows, images, caches, view, made_for, dtype, text)
 
 
 def restore(cache: Cache, lane: int, prefix: Prefix) -> None:

@@ -35,7 +35,7 @@ class Cross:
     blocks: blocks of rows that one image becomes (tiles). rows, width: shape of a block.
     before: what text before the first image gets, "nothing" (zeros) or "everything" (attention to all blocks).
     together: images whose markers follow each other directly are seen together by the text after them.
-    reset: a marker that is fed while decoding makes its sample see the first image again and the others none.
+    reset: a marker that is fed while decoding makes its sample see the first image again.
     """
 
     blocks: int

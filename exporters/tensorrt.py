@@ -85,8 +85,9 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
     cross = info.get("cross")
     if cross:
         blocks, keys = max(1, info["images"]) * cross["blocks"], cross["rows"]
-        # a segment for each image and one for text before all, cut where that costs less: see `mmopt.sight.segments`
-        most = -(-(info["images"] + 1) * (context + keys) // (keys + 1))
+        # A segment for each image, for text before all and for markers without one, cut where that costs less: see
+        # `mmopt.sight.segments`.
+        most = min(context, -(-(info["images"] + 2) * (context + keys) // (keys + 1)))
         ranges = [{"nb": (1, cross["blocks"], blocks), "K": (keys, keys * cross["blocks"], keys * blocks)}]
         if "past" in inputs:
             prompt = {"B": one, "nt": text(context), "S": (1, min(2, most), most), "L": text(context)}

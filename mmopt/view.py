@@ -48,9 +48,23 @@ class View:
         made.sight.images, made.sight.tiles = len(made.images), made._tiles()
         return made
 
-    def arrays(self, name: str) -> list[np.ndarray]:
+    def arrays(self, name: str) -> Blocks:
         """Blocks of all images ``[rows, width]``, one after the other."""
-        return [block for i in self.images for block in i.apart[name].numpy()]
+        return Blocks(self.images, name, self.blocks)
+
+
+class Blocks(Sequence[np.ndarray]):
+    """Blocks of several images; only those that are asked for are looked at."""
+
+    def __init__(self, images: Sequence[Image], name: str, each: int):
+        self._images, self._name, self._each = images, name, each
+
+    def __len__(self) -> int:
+        return len(self._images) * self._each
+
+    def __getitem__(self, i: Any) -> Any:
+        image, block = divmod(range(len(self))[i], self._each)
+        return self._images[image].apart[self._name].numpy()[block]
 
 
 def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
@@ -76,8 +90,8 @@ def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]
             made["key_mask"] = key_mask(chosen, cross["rows"])
         for name, kind in decoder.segmented.items():
             width = model.inputs[f"segment.{name}"]["shape"][2]
-            blocks = [v.arrays(name) for v in views]
-            if not any(blocks):
+            blocks: list[Sequence[np.ndarray]] = [v.arrays(name) for v in views]
+            if not any(map(len, blocks)):
                 blocks[0] = [np.zeros((cross["rows"], width), np.float32)]
             made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")
     return {k: Tensor.of(x, model.inputs[k]["dtype"], model.device) for k, x in made.items()}

@@ -274,7 +274,8 @@ def prefix(
     with progress("reading"):
         made = Engine(engine, provider=provider, threads=threads).prefix(text, image or [])
         made.save(out)
-    facts = {"file": str(out), "rows": made.rows, "images": len(made.images), "bytes": out.stat().st_size}
+    facts: dict[str, Any] = {"file": str(out), "rows": made.rows, "images": len(made.images)}
+    facts["bytes"] = out.stat().st_size
     show(facts, f"wrote {out}: {made.rows} rows, {len(made.images)} images, {facts['bytes'] / 1e6:.1f} MB", as_json)
 
 

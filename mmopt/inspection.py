@@ -238,7 +238,7 @@ def _calls(program: Program, info: dict, chunks: list[Chunk], past: int, new_tok
 
     def seen(sight: Sight | None, ids: Sequence[int] = ()) -> dict[str, int]:
         """Sizes of the segments of one sample's prompt, or of one further token of each sample."""
-        if sight is None:
+        if sight is None or cross is None:
             return {}
         rows = [sight.read(ids)] if ids else [[sight.now]] * batch
         chosen = segments(rows, cross["rows"])

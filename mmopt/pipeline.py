@@ -74,7 +74,10 @@ def optimize(
         elif unchecked:
             report.checked = f"not checked: {unchecked}"
         else:
-            found = compare(result.program, made)
+            try:
+                found = compare(result.program, made)
+            except Exception as e:
+                raise ContractError(f"checking pass {p.name} failed: {type(e).__name__}: {e}", result.program) from e
             if found is not None and p.contract == "exact":
                 raise ContractError(f"pass {p.name} promised to be exact: {found}", result.program)
             report.checked = "checked" if found is None else f"drift: {found}"

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,11 @@ class Decoder:
         self._run_calls(self._look_calls, values)
         wanted = {*self.whole, *self.segmented}
         return Image(rows, {k: t.reshape(t.shape[1:]) for k, t in values.items() if k in wanted}, tiles)
+
+    @cached_property
+    def nothing(self) -> Image:
+        """What a text whose markers have no image weighs: rows of zeros, as in a Program."""
+        return self.image(Tensor.zeros((1, *self.rows_shape), self.dtype, self.language.device))
 
     def prefill(
         self, cache: Cache, lane: int, ids: Sequence[int], images: Sequence[Tensor | Image] = (), before: int = 0

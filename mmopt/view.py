@@ -48,13 +48,9 @@ class View:
         made.sight.images, made.sight.tiles = len(made.images), made._tiles()
         return made
 
-    def arrays(self, name: str) -> Blocks:
-        """Blocks of all images ``[rows, width]``, one after the other."""
-        return Blocks(self.images, name, self.blocks)
-
 
 class Blocks(Sequence[np.ndarray]):
-    """Blocks of several images; only those that are asked for are looked at."""
+    """Blocks of several images ``[rows, width]``, one after the other; only those that are asked for are looked at."""
 
     def __init__(self, images: Sequence[Image], name: str, each: int):
         self._images, self._name, self._each = images, name, each
@@ -71,17 +67,18 @@ def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]
     """The inputs of a call of the language model that tell what each row of each view sees."""
     model, cross = decoder.language, decoder.info["cross"]
     counts = [len(v.images) * cross["blocks"] for v in views]
-    most = max(1, *counts)
-    if decoder.whole and len(set(counts)) > 1 and any(r == () for row in rows for r in row):
+    most, blind = max(1, *counts), any(r == () for row in rows for r in row)
+    if decoder.whole and len(set(counts)) > 1 and blind:
         raise EngineError("a sample that sees none of its images beside samples with another number: run them apart")
+    images = [v.images or ([decoder.nothing] if blind else []) for v in views]
     made: dict[str, np.ndarray] = {}
     each = [masks(r, most) for r in rows]
     made |= {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3]) if name in model.inputs}
     for name in decoder.whole:
         shape = model.inputs[name]["shape"][2:]
         made[name] = np.zeros((len(views), most, *shape), np.float32)
-        for b, view in enumerate(views):
-            for i, block in enumerate(view.arrays(name)):
+        for b, own in enumerate(images):
+            for i, block in zip(range(most), Blocks(own, name, cross["blocks"]), strict=False):
                 made[name][b, i] = block
     if decoder.segmented:
         chosen = segments(rows, cross["rows"])
@@ -90,7 +87,7 @@ def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]
             made["key_mask"] = key_mask(chosen, cross["rows"])
         for name, kind in decoder.segmented.items():
             width = model.inputs[f"segment.{name}"]["shape"][2]
-            blocks: list[Sequence[np.ndarray]] = [v.arrays(name) for v in views]
+            blocks: list[Sequence[np.ndarray]] = [Blocks(own, name, cross["blocks"]) for own in images]
             if not any(map(len, blocks)):
                 blocks[0] = [np.zeros((cross["rows"], width), np.float32)]
             made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
 from mmopt.exporters.onnx import export
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -390,3 +391,48 @@ def test_it_needs_no_torch(directories):
         "assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# ----------------------------------------------------------------------------- kinds of sight that no family has as yet
+KINDS = {
+    "first image again": {"reset": True},
+    "tiles apart": {"blocks": 3},
+    "one block, text before": {"before": "everything"},
+    "together": {"together": True},
+    "tiles together, text before": {"blocks": 2, "together": True, "before": "everything", "sees": True},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def toy(request, tmp_path_factory):
+    """(program, engine of it, engine of it optimized); keys and values of images have biases."""
+    program = toys.open_gates(toys.beside(toys.Cached(), **KINDS[request.param]))
+    root, fast = tmp_path_factory.mktemp("toy"), optimize(program).program
+    return program, *(Engine(export(p, root / n), threads=1) for n, p in (("traced", program), ("fast", fast)))
+
+
+TOY_PROMPTS = {
+    "unequal counts": ([[3, "M", 4, "M", 5], ["M", 6], [7, 8, 9]], None),
+    "none": ([[3, 4], [5]], None),
+    "side by side": ([[3, "M", "M", "M"]], None),
+    "missing image": ([[3, "M", 4, "M", 5]], [1]),
+    "no image for a marker": ([[3, "M", 4]], [0]),
+    "no image for a marker, beside others": ([[3, "M", 4], [5, "M", 6]], [0, 0]),
+    "more images": ([[3, "M", 4], [5]], [2, 2]),
+}
+
+
+@pytest.mark.parametrize("name", TOY_PROMPTS)
+def test_other_kinds_run_as_the_program(toy, name):
+    program, *engines = toy
+    prompts, images = TOY_PROMPTS[name]
+    prompts = [[toys.MARKER if t == "M" else t for t in p] for p in prompts]
+    n = sum(p.count(toys.MARKER) for p in prompts) if images is None else sum(images)
+    blocks, kw = program.info["cross"]["blocks"], {"images": images, "max_new_tokens": 4}
+    tiles = [1 + i % blocks for i in range(n)] if blocks > 1 and n else None
+    pixels = np.random.default_rng(0).standard_normal((n, 3, 4, 4)).astype(np.float32) if n else None
+    tokens, logits = program_run(program, prompts, pixels, None, tiles, **kw)
+    for engine in engines:
+        made = engine.run_ids(prompts, pixels, tiles=tiles, ignore_eos=True, logits=True, **kw)
+        np.testing.assert_allclose(np.stack(made.logits), logits, atol=1e-4)
+        assert made.tokens == tokens

@@ -408,6 +408,20 @@ class Beside(nn.Module):
         return self.head(x)
 
 
+class Cached(Beside):
+    """The same on top of a cache, as an engine wants it."""
+
+    def forward(self, text: Tensor, media: Tensor, seen: Tensor, attends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *_, past, keys, values = rest
+        x = text
+        for i, (norm, q, k, v, o) in enumerate(zip(self.norms, self.q, self.k, self.v, self.o, strict=True)):
+            kv = (k(media), v(media))
+            rows = ops.cross_attention(q(norm(x)), *kv, seen, attends, self.heads, self.kv_heads)
+            x = x + o(rows) * self.gates[2 * i].tanh()
+        out, keys, values = ops.cached_attention(x, self.mlp[0](x), self.mlp[1](x), keys, values, past, 1, 1)
+        return self.head(x + out), past + text.shape[1], keys, values
+
+
 def beside(
     language: nn.Module | None = None,
     blocks: int = 1,
@@ -432,10 +446,15 @@ def beside(
     }
     if sees:
         inputs["sees"] = (("B", "nt"), torch.bool)
+    state: dict = {"logits": (("B", 1, VOCAB), dtype)}
+    if isinstance(language, Cached):
+        state |= {"past": (("B",), torch.int64), **dict.fromkeys(("keys", "values"), (("B", 1, 64, D), dtype))}
+        inputs |= {"past": (("B",), torch.int64), **dict.fromkeys(("keys", "values"), ("B", 1, 64, D))}
+    outputs = list(state)
     stages = {
         "images": named("images", Blocks(blocks), {"pixel_values": ("N", 3, PIXELS, PIXELS)}, ["image_rows"]),
         "embed": named("embed", Embed(), {"ids": (("B", "nt"), torch.int64)}, ["text"]),
-        "language_model": named("language_model", language or Beside(), inputs, ["logits"]),
+        "language_model": named("language_model", language or Beside(), inputs, outputs),
         "next_token": trace(NextToken([2]), {"logits": ("B", "n", VOCAB)}, ["ids", "done"], weights, dtype),
     }
     schedule = (
@@ -446,7 +465,12 @@ def beside(
     cross = Cross(blocks, ROWS, MEDIA, before, together, reset)
     info = INFO | {"image_id": MARKER, "rows_per_image": 1, "cross": dataclasses.asdict(cross)}
     info |= {"batch": 3, "images": images, "context": 64, "torch_dtype": dtype}
-    return Program(stages, schedule, weights, {"logits": (("B", 1, VOCAB), dtype)}, info).drop_unused()
+    info |= {"family": "toy", "dtype": str(dtype).removeprefix("torch."), "bos_id": None, "image_marker": "<image>"}
+    info["processing"] = {
+        "image": {"size": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
+        "chat": {"user": "", "assistant": "", "separator": "", "end": "", "image": "<image>"},
+    }
+    return Program(stages, schedule, weights, state, info).drop_unused()
 
 
 def open_gates(program: Program) -> Program:

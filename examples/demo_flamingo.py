@@ -50,7 +50,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--episodes", type=int, default=400, help="episodes of the code book to answer")
     arguments.add_argument("--out", type=Path, default=Path("out/flamingo-vqa"), help="engine directory")
-    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--threads", type=int, default=1)
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)

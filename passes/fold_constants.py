@@ -23,7 +23,7 @@ class FoldConstants(Pass):
         return made
 
     def slice_weights(self, graph: Graph, stage: str, report: Report) -> Graph:
-        """reshape(slice(reshape(W x, [.., a, s, c]), i), [.., a c]) = W[:, i] x"""
+        """slice(W x, i) = W[i] x; reshape(slice(reshape(W x, [.., a, s, c]), i), [.., a c]) = W[:, i] x"""
         slices = {n: linear for n in graph.nodes if (linear := sliced_projection(n)) is not None}
         apart = {linear for linear in slices.values() if read_in_slices(linear, slices)}
         for linear in dict.fromkeys(slices.values()):
@@ -37,8 +37,9 @@ class FoldConstants(Pass):
             nonlocal count
             if n not in slices:
                 return None
-            wide, dim, lo, hi = args[0].args
-            x, w, bias = (*wide.args[0].args, None)[:3]
+            wide, dim, lo, hi = args if n.target is SLICE else args[0].args
+            linear = wide if n.target is SLICE else wide.args[0]
+            x, w, bias = (*linear.args, None)[:3]
             r = len(shape_of(x)) - 1
             inner = tuple(shape_of(wide)[r:])
 
@@ -115,7 +116,9 @@ class FoldConstants(Pass):
 
 
 def sliced_projection(n: Node) -> Node | None:
-    """The projection of which `n` is a slice: n = reshape(slice(reshape(projection)))."""
+    """The projection of which `n` is a slice: slice(projection) or reshape(slice(reshape(projection)))."""
+    if n.target is SLICE and len(n.args) == 4 and n.args[0].target is LINEAR:
+        return n.args[0] if n.args[1] == len(shape_of(n)) - 1 and not n.meta["const"] else None
     if n.target is not RESHAPE or n.args[0].target is not SLICE or len(n.args[0].args) != 4:
         return None
     wide, dim, _, _ = n.args[0].args
@@ -130,8 +133,11 @@ def sliced_projection(n: Node) -> Node | None:
 
 def read_in_slices(linear: Node, slices: dict[Node, Node]) -> bool:
     return all(
-        wide.target is RESHAPE
-        and all(cut.target is SLICE and all(n in slices for n in cut.users) for cut in wide.users)
+        wide in slices
+        or (
+            wide.target is RESHAPE
+            and all(cut.target is SLICE and all(n in slices for n in cut.users) for cut in wide.users)
+        )
         for wide in linear.users
     )
 

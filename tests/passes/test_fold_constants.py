@@ -69,6 +69,29 @@ def test_a_constant_of_each_row_is_added_behind_the_product():
     same(before, after, ({"B": 1}, {"B": 3}))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_of_a_projection_are_projections_of_slices(bias, dtype):
+    def run(m, x):
+        q, k, v = m.a(x).chunk(3, dim=-1)
+        return q + k * torch.tanh(v)
+
+    before = single(Function(run, a=torch.nn.Linear(D, 3 * D, bias=bias)), X, dtype=dtype)
+    after, report = FoldConstants()(before)
+    assert report.rewrites == ["toy: 3 slices of projections are slices of their weights"]
+    assert sorted(ops_of(after)) == ["add", "linear", "linear", "linear", "mul", "tanh"]
+    same(before, after, AT)
+    twice(before, FoldConstants())
+
+
+def test_a_projection_that_is_read_whole_too_keeps_its_weight():
+    def run(m, x):
+        y = m.a(x)
+        return y[:, :, :D] * torch.tanh(y).sum(-1, keepdim=True)
+
+    unchanged(single(Function(run, a=torch.nn.Linear(D, 2 * D)), X), FoldConstants(), "is read whole too")
+
+
 def read_elsewhere(m, x):
     seen = m.m(x)
     return m.a(seen) * m.b(m.n(x)) + seen

@@ -278,7 +278,7 @@ class Program:
                     ended = ended | values[loop.until]
                     if forced is not None:
                         values["ids"] = forced[:, trip : trip + 1]
-                    if media:
+                    if media and trip < trips - 1:
                         values |= media.of_step(values)
             if bool(ended.all()) and not ignore_eos and forced is None:
                 break

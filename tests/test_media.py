@@ -130,6 +130,16 @@ def test_a_row_that_sees_none_weighs_all_of_its_own_sample(programs):
             torch.testing.assert_close(together[1][2 + i][b : b + 1], step, atol=1e-5, rtol=1e-4)
 
 
+def test_a_prompt_weighs_its_own_images_alone(programs):
+    """Each prompt is read by itself, so there a mask does, too."""
+    prompts, images, tiles = [[MARKER, 4, MARKER, 5], [MARKER, 3, MARKER, MARKER, 6]], [1, 2], tiles_of(programs[0], 3)
+    for program in programs:
+        _, together = run(program, prompts, pixels(3), n=1, images=images, tiles=tiles)
+        for b, own in enumerate((slice(0, 1), slice(1, 3))):
+            one = run(program, [prompts[b]], pixels(3)[own], n=1, images=[images[b]], tiles=tiles and tiles[own])
+            torch.testing.assert_close(one[1][0], together[b], atol=1e-5, rtol=1e-4)
+
+
 def test_a_layer_that_keeps_its_mask_cannot_do_that():
     """The last layer works on the last row alone, so it still reads all blocks with a mask."""
     fast = optimize(open_gates(beside(Beside(mixed=False)))).program

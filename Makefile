@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo_flamingo.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

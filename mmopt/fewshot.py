@@ -6,6 +6,7 @@ All variants are timed in interleaved rounds of one process, with the same threa
 from __future__ import annotations
 
 import platform
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,13 +37,15 @@ ENGINES = {
     "mask kept": "engine of the optimized Program, but for masks: K and V made once, one mask over all images",
     "passes on": "engine of the optimized Program: K and V made once, each row beside the keys it sees",
 }
+EQUAL = "decode at equal context, passes on"
+DECODES = 16  # tokens timed one after the other in each round
 NOTES = (
     "eager: the Program as traced, in plain PyTorch with sizes as numbers and caches written in place; K and V of all "
     "images in each call, as the reference computes them. compiled: eager through torch.compile with freezing.",
     "passes off, mask kept, passes on: ONNX Runtime. " + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
     f"A prompt of k shots: k + 1 images, each a marker and {SHOT - 1} further rows of text. prefill: all of it, images "
-    "encoded before. decode: one token on top of it. at equal context: as many rows in the caches as the longest "
-    "prompt has, whatever the images.",
+    f"encoded before. decode: one token on top of it, {DECODES} in a row. At equal context the caches hold as many "
+    "rows as the longest prompt has, whatever the number of images.",
     "first token: pixels and ids of a query (one image) after the shots -> logits. without prefix: shots and query in "
     "one prompt, nothing kept; images kept: the same, with the images of the shots encoded before; prefix: it goes on "
     "from a stored prefix, in memory or read from a file each time.",
@@ -111,6 +114,7 @@ class _Bench:
         self.ready = {n: e._ready(self.pictures)[0] for n, e in self.engines.items()}
         self.calls: dict[tuple[str, str], Callable[[], Any]] = {}
         self.logits: dict[str, dict[str, np.ndarray]] = {}
+        self.equal: dict[tuple[str, str], Callable[[], Any]] = {}
         shared = Shared()
         for k in shots:
             self.add_engines(k)
@@ -119,6 +123,7 @@ class _Bench:
                 tell(f"compiling, {k} shots")
                 self.add_torch(k, shared, "compiled", compiled=True)
         self.check()
+        self.calls |= self.equal
         self.add_queries(shots[-1])
 
     # -------------------------------------------------------------------------------------------------------- variants
@@ -138,8 +143,9 @@ class _Bench:
 
             self.note(f"prefill, {k} shots", name, prefill)
             self.note(f"decode, {k} shots", name, decode)
-            longest = SHOT * (self.shots[-1] + 1)
-            self.calls[f"decode, {k} shots, at equal context", name] = partial(decode, past=longest)
+            if name == "passes on":
+                equal = partial(decode, past=SHOT * (self.shots[-1] + 1))
+                self.equal[EQUAL, f"{k} shots"] = equal
 
     def note(self, stage: str, name: str, call: Callable[[], np.ndarray]) -> None:
         """Run once: warms up, and its logits are compared between variants."""
@@ -239,15 +245,17 @@ class _Bench:
     # --------------------------------------------------------------------------------------------------------- results
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
+        times: dict[tuple[str, str], list[list[float]]] = {key: [] for key in self.calls}
         stages = list(dict.fromkeys(s for s, _ in self.calls))
         for r in range(rounds):
             self.tell(f"round {r + 1} of {rounds}")
             for stage in stages:
                 names = [n for s, n in self.calls if s == stage]
                 for name in names[r % len(names) :] + names[: r % len(names)]:
-                    times[stage, name] += timed(self.calls[stage, name], cpu, 4 if stage.startswith("decode") else 1)
-        rows = [{"stage": s, "variant": n, **spread(times[s, n])} for s in stages for (t, n) in self.calls if t == s]
+                    repeats = DECODES if stage.startswith("decode") else 1
+                    times[stage, name].append(timed(self.calls[stage, name], cpu, repeats))
+        flat = {key: [t for r in rounds_of for t in r] for key, rounds_of in times.items()}
+        rows = [{"stage": s, "variant": n, **spread(flat[s, n])} for s in stages for (t, n) in self.calls if t == s]
         return {
             "kind": "few-shot",
             "device": device_name(cpu),
@@ -262,19 +270,27 @@ class _Bench:
                 "shots": self.shots,
             },
             "rows": rows,
-            "ratios": self.ratios({(r["stage"], r["variant"]): r["min_ms"] for r in rows}),
+            "ratios": self.ratios(times),
             "work": {f"{k} shots": self.work(k) for k in self.shots},
             "agreement": self.agreement,
             "notes": list(NOTES),
         }
 
-    def ratios(self, best: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
-        """Minimum of each variant over that of "passes on" (of a query: over that of the prefix in memory)."""
-        made: dict[str, dict[str, float]] = {}
-        for (stage, name), ms in best.items():
-            own = "prefix in memory" if stage.startswith("first") else "passes on"
-            if name != own:
-                made.setdefault(stage, {})[f"{name} / {own}"] = ms / best[stage, own]
+    def ratios(self, times: dict[tuple[str, str], list[list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+        """Time of each variant over that of "passes on" (a query: of the prefix in memory; equal context: of the fewest
+        shots): of the minima, and paired, the median of the rounds' ratios and their quartiles."""
+        made: dict[str, dict[str, dict[str, float]]] = {}
+        for (stage, name), rounds in times.items():
+            own = "prefix in memory" if stage.startswith("first token") else "passes on"
+            own = f"{self.shots[0]} shots" if stage == EQUAL else own
+            if name == own:
+                continue
+            paired = [min(a) / min(b) for a, b in zip(rounds, times[stage, own], strict=True)]
+            low, middle, high = statistics.quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
+            of_minima = min(map(min, rounds)) / min(map(min, times[stage, own]))
+            made.setdefault(stage, {})[f"{name} / {own}"] = {
+                "minima": of_minima, "paired_median": middle, "paired_p25": low, "paired_p75": high
+            }  # fmt: skip
         return made
 
     def work(self, k: int) -> dict[str, dict[str, float]]:

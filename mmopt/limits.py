@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 MATRIX = 2048
-SETTLE = 0.005  # seconds before each measurement, for the threads of the one before to fall asleep
+SETTLE = 0.1  # seconds before each measurement: threads of ONNX Runtime spin about that long after their last call
 
 
 def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:

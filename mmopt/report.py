@@ -56,13 +56,19 @@ def fewshot_text(result: dict[str, Any]) -> str:
         f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; caches of {sizes['context']} rows; "
         f"{sizes['rounds']} interleaved rounds"
     )
-    times = Table("stage", "variant", "min ms", "p25", "median", "p75", "over passes on")
+    times = Table("stage", "variant", "min ms", "p25", "median", "p75", "ratio", "paired")
     rows = result["rows"]
     for r, after in zip(rows, [*rows[1:], {"stage": None}], strict=True):
-        ratio = next((v for k, v in result["ratios"][r["stage"]].items() if k.startswith(f"{r['variant']} /")), None)
+        found = result["ratios"].get(r["stage"], {})
+        ratio: dict[str, float] = next((v for k, v in found.items() if k.startswith(f"{r['variant']} /")), {})
         spread = [f"{r[k]:.2f}" for k in ("min_ms", "p25_ms", "median_ms", "p75_ms")]
-        times.add_row(r["stage"], r["variant"], *spread, _ratio(ratio), end_section=after["stage"] != r["stage"])
+        ratios = [_ratio(ratio.get(k)) for k in ("minima", "paired_median")]
+        times.add_row(r["stage"], r["variant"], *spread, *ratios, end_section=after["stage"] != r["stage"])
     console.print(times)
+    console.print(
+        "ratio: the time over that of passes on (queries: the prefix in memory; equal context: the fewest shots), "
+        "minima; paired: the median of the ratios within a round"
+    )
     for shots, work in result["work"].items():
         for name, w in work.items():
             console.print(

@@ -55,6 +55,10 @@ LnPostOption = Annotated[
     bool,
     typer.Option("--ln-post", help="The vision tower's last norm on all its rows, as newer open_clip does."),
 ]
+SetOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="NAME=VALUE", help="What the files do not tell (vision_heads=12); may be repeated."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -72,9 +76,14 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda now: status.update(f"{text}: {now}")
 
 
-def parts(language_model: str | None, vision: str | None, ln_post: bool) -> dict[str, Any]:
+def parts(language_model: str | None, vision: str | None, ln_post: bool, more: list[str] | None) -> dict[str, Any]:
     """Options of `load` that were given."""
     given = {"language_model": language_model, "vision": vision, "ln_post": ln_post or None}
+    for option in more or []:
+        name, found, value = option.partition("=")
+        if not found:
+            raise ValueError(f"--set {option}: expected NAME=VALUE")
+        given[name] = int(value) if value.lstrip("-").isdigit() else value  # type: ignore[assignment]
     return {k: v for k, v in given.items() if v is not None}
 
 
@@ -110,6 +119,7 @@ def inspect(
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
+    more: SetOption = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -123,7 +133,7 @@ def inspect(
 
             images = shots + 1
             context = SHOT * images + 64 if context is None else context
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post))
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
         reports: list = []
         if optimized:
@@ -151,6 +161,7 @@ def optimize(
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
+    more: SetOption = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -159,7 +170,7 @@ def optimize(
 
     with progress("optimizing") as now:
         now("tracing")
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post))
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
         result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
     if out is not None:
@@ -187,6 +198,7 @@ def export(
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
+    more: SetOption = None,
     passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
     check: Annotated[
         Optional[bool],
@@ -201,7 +213,9 @@ def export(
         raise ValueError("give a checkpoint")
     with progress("exporting") as now:
         now("tracing")
-        program = mmopt.trace(mmopt.load(checkpoint, **parts(language_model, vision, ln_post)), batch, images, context)
+        program = mmopt.trace(
+            mmopt.load(checkpoint, **parts(language_model, vision, ln_post, more)), batch, images, context
+        )
         reports: list = []
         if passes:
             result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
@@ -288,6 +302,7 @@ def verify(
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
+    more: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replay recorded cases of the reference implementation; exit 1 if anything differs."""
@@ -295,7 +310,7 @@ def verify(
 
     with progress("verifying") as now:
         points = tuple(a.strip() for a in at.split(",") if a.strip())
-        options = parts(language_model, vision, ln_post)
+        options = parts(language_model, vision, ln_post, more)
         result = replay(checkpoint, cases, at=points, dtype=dtype, progress=now, load_options=options)
     show(result, table(result), as_json)
     if not passed(result):
@@ -319,6 +334,7 @@ def bench(
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
+    more: SetOption = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -333,7 +349,7 @@ def bench(
     if config is not None and not random_weights:
         raise ValueError("--config has no weights: say --random-weights to time it with random ones")
     with progress("measuring") as now:
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post), random=True)
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more), random=True)
         if shots is None and model.family.cross is None:
             result = measure(model, context=context, rounds=rounds, threads=threads, progress=now)
             write = bench_text

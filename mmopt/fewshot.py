@@ -26,7 +26,7 @@ from mmopt.decoding import Cache
 from mmopt.engine import Engine
 from mmopt.figures import spread
 from mmopt.inspection import SHOT, inspect
-from mmopt.limits import timed
+from mmopt.limits import probes, summary, timed
 from mmopt.sampling import Request
 from mmopt.sight import masks, visible
 from mmopt.store import Store
@@ -247,8 +247,12 @@ class _Bench:
         cpu = torch.device("cpu")
         times: dict[tuple[str, str], list[list[float]]] = {key: [] for key in self.calls}
         stages = list(dict.fromkeys(s for s, _ in self.calls))
+        limits: dict[str, list[float]] = {}
+        limit_calls = probes(cpu, self.info["torch_dtype"], 512 << 20, self.threads)
         for r in range(rounds):
             self.tell(f"round {r + 1} of {rounds}")
+            for name, (amount, call) in limit_calls.items():
+                limits.setdefault(name, []).append(amount / min(timed(call, cpu, 1)) / 1e9)
             for stage in stages:
                 names = [n for s, n in self.calls if s == stage]
                 for name in names[r % len(names) :] + names[: r % len(names)]:
@@ -271,6 +275,7 @@ class _Bench:
             },
             "rows": rows,
             "ratios": self.ratios(times),
+            "limits": summary(limits) | {f"{k}, median": statistics.median(v) for k, v in limits.items()},
             "work": {f"{k} shots": self.work(k) for k in self.shots},
             "agreement": self.agreement,
             "notes": list(NOTES),

@@ -69,6 +69,11 @@ def fewshot_text(result: dict[str, Any]) -> str:
         "ratio: the time over that of passes on (queries: the prefix in memory; equal context: the fewest shots), "
         "minima; paired: the median of the ratios within a round"
     )
+    limits = result["limits"]
+    console.print(
+        f"limits of the machine in the same rounds: {limits['bandwidth_gb_per_s']:.1f} GB/s at best, "
+        f"{limits['read_gb_per_s, median']:.1f} in the median; {limits['gemm_gflop_per_s']:.0f} GFLOP/s at best"
+    )
     for shots, work in result["work"].items():
         for name, w in work.items():
             console.print(

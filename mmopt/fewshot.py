@@ -28,7 +28,7 @@ from mmopt.figures import spread
 from mmopt.inspection import SHOT, inspect
 from mmopt.limits import probes, summary, timed
 from mmopt.sampling import Request
-from mmopt.sight import masks, visible
+from mmopt.sight import seen_inputs, visible
 from mmopt.store import Store
 from mmopt.view import Image
 
@@ -175,8 +175,8 @@ class _Bench:
             if compiled:
                 inductor.freezing = True
                 modules[1] = torch.compile(modules[1])
-            given = dict(zip(("seen", "attends", "sees"), masks(visible_rows, media.shape[1]), strict=True))
-            values = {x: torch.from_numpy(v)[None] for x, v in given.items()} | {"media": media} | state
+            given = seen_inputs([visible_rows], media.shape[1])
+            values = {x: torch.from_numpy(v) for x, v in given.items()} | {"media": media} | state
             values["past"] = torch.tensor([past])
             tokens = torch.tensor([ids])
 

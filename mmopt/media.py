@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmopt.planning import Chunk
-from mmopt.sight import PER_CALL, Seen, Sight, gather, key_mask, masks, segments
+from mmopt.sight import Seen, Sight, gather, seen_inputs, segment_inputs, segments
 
 if TYPE_CHECKING:
     from mmopt.program import Program
@@ -60,15 +60,13 @@ class Media:
         return self._seen(rows, {k: values[k] for k in self.apart if k in values}, counts)
 
     def _seen(self, rows: list[list[Seen]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
-        made = [masks(r, apart["media"].shape[1]) for r in rows]
-        given = {n: torch.stack([torch.from_numpy(m[i]) for m in made]) for i, n in enumerate(PER_CALL[:3])}
-        if self.segmented:
-            chosen = segments(rows, self.info["cross"]["rows"])
-            given["segment_rows"], given["row_segments"], given["key_mask"] = map(
-                torch.from_numpy,
-                (chosen.segment_rows, chosen.row_segments, key_mask(chosen, self.info["cross"]["rows"])),
-            )
-            for k, kind in self.segmented.items():
-                each = [list(x[: max(1, c)].float().numpy()) for x, c in zip(apart[k], counts, strict=True)]
-                given[f"segment.{k}"] = torch.from_numpy(gather(chosen, each, kind == "key")).to(apart[k].dtype)
-        return given
+        given = seen_inputs(rows, apart["media"].shape[1])
+        if not self.segmented:
+            return {k: torch.from_numpy(x) for k, x in given.items()}
+        keys = self.info["cross"]["rows"]
+        chosen = segments(rows, keys)
+        made = {k: torch.from_numpy(x) for k, x in (given | segment_inputs(chosen, keys)).items()}
+        for k, kind in self.segmented.items():
+            each = [list(x[: max(1, c)].float().numpy()) for x, c in zip(apart[k], counts, strict=True)]
+            made[f"segment.{k}"] = torch.from_numpy(gather(chosen, each, kind == "key")).to(apart[k].dtype)
+        return made

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmopt.planning import count_rows
-from mmopt.session import DTYPES, EngineError, Tensor
+from mmopt.session import DTYPES, EngineError, Tensor, to_bits
 from mmopt.view import Image, View
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class Prefix:
         path = Path(path)
         tensors = {f"cache.{k}": x for k, x in self.caches.items()}
         for i, image in enumerate(self.images):
-            tensors |= {f"image.{i}.{k}": _bits(t) for k, t in {"rows": image.rows, **image.apart}.items()}
+            tensors |= {
+                f"image.{i}.{k}": to_bits(t.numpy(), t.dtype) for k, t in {"rows": image.rows, **image.apart}.items()
+            }
         said = {
             "schema": SCHEMA, "made_for": self.made_for, "ids": self.ids, "rows": self.rows, "dtype": self.dtype,
             "tiles": [i.tiles for i in self.images], "text": self.text,
@@ -67,13 +69,6 @@ class Prefix:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
         return path
-
-
-def _bits(t: Tensor) -> np.ndarray:
-    """The values as they are stored (bfloat16: its bits)."""
-    from mmopt.session import to_bits
-
-    return to_bits(t.numpy(), t.dtype)
 
 
 def fingerprint(facts: dict[str, Any]) -> str:

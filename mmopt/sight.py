@@ -121,6 +121,18 @@ def segments(samples: Sequence[Sequence[Seen]], keys: int) -> Segments:
     return Segments([key for key, _ in pieces], segment_rows, row_segments.reshape(len(samples), n))
 
 
+def seen_inputs(samples: Sequence[Sequence[Seen]], blocks: int) -> dict[str, np.ndarray]:
+    """`masks` of several samples as inputs of a language model, by name, a row for each sample."""
+    each = [masks(rows, blocks) for rows in samples]
+    return {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3])}
+
+
+def segment_inputs(chosen: Segments, keys: int) -> dict[str, np.ndarray]:
+    """Segments as inputs of a language model, by name; K and V themselves are those of `gather`."""
+    places = {"segment_rows": chosen.segment_rows, "row_segments": chosen.row_segments}
+    return places | {"key_mask": key_mask(chosen, keys)}
+
+
 def key_mask(chosen: Segments, keys: int) -> np.ndarray:
     """``[S, most blocks * keys]``: which keys of the blocks put side by side for each segment count."""
     most = max(1, *(len(blocks) for _, blocks in chosen.blocks))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmopt.session import EngineError, Tensor
-from mmopt.sight import PER_CALL, Seen, Sight, gather, key_mask, masks, segments
+from mmopt.sight import Seen, Sight, gather, seen_inputs, segment_inputs, segments
 
 if TYPE_CHECKING:
     from mmopt.decoding import Decoder
@@ -71,9 +71,7 @@ def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]
     if decoder.whole and len(set(counts)) > 1 and blind:
         raise EngineError("a sample that sees none of its images beside samples with another number: run them apart")
     images = [v.images or ([decoder.nothing] if blind else []) for v in views]
-    made: dict[str, np.ndarray] = {}
-    each = [masks(r, most) for r in rows]
-    made |= {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3]) if name in model.inputs}
+    made = seen_inputs(rows, most)
     for name in decoder.whole:
         shape = model.inputs[name]["shape"][2:]
         made[name] = np.zeros((len(views), most, *shape), np.float32)
@@ -82,13 +80,11 @@ def given(decoder: Decoder, views: Sequence[View], rows: Sequence[Sequence[Seen]
                 made[name][b, i] = block
     if decoder.segmented:
         chosen = segments(rows, cross["rows"])
-        made |= {"segment_rows": chosen.segment_rows, "row_segments": chosen.row_segments}
-        if "key_mask" in model.inputs:
-            made["key_mask"] = key_mask(chosen, cross["rows"])
+        made |= segment_inputs(chosen, cross["rows"])
         for name, kind in decoder.segmented.items():
             width = model.inputs[f"segment.{name}"]["shape"][2]
             blocks: list[Sequence[np.ndarray]] = [Blocks(own, name, cross["blocks"]) for own in images]
             if not any(map(len, blocks)):
                 blocks[0] = [np.zeros((cross["rows"], width), np.float32)]
             made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")
-    return {k: Tensor.of(x, model.inputs[k]["dtype"], model.device) for k, x in made.items()}
+    return {k: Tensor.of(x, model.inputs[k]["dtype"], model.device) for k, x in made.items() if k in model.inputs}

@@ -104,12 +104,9 @@ def written_out(n: Node) -> tuple[Node, Node, Node, float] | str | None:
         return "its scores have a mask of their own, which only `cross_attention` can tell apart by images"
     q, keys = scores.args
     q, more = scaled(q)
-    if keys.target is not PERMUTE or tuple(keys.args[1]) not in ((0, 1, 3, 2), (0, 2, 3, 1)):
+    if keys.target is not PERMUTE or tuple(keys.args[1]) != (0, 1, 3, 2):
         return None
-    k = keys.args[0]
-    if tuple(keys.args[1]) == (0, 2, 3, 1):  # [B, rows, heads, d] -> [B, heads, d, rows]
-        return None
-    return q, k, v, scale * more
+    return q, keys.args[0], v, scale * more
 
 
 def scaled(x: Node) -> tuple[Node, float]:

@@ -47,6 +47,21 @@ class Cross:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """How a rectified flow paints: noise at time 0, data at time 1, the velocity by the language model.
+
+    latents: shape of one image's latents. rows: rows of the language model that they become; one row that tells the time
+    goes before them. time_scale: times are given to the model as time * time_scale. steps, guidance: the reference's.
+    """
+
+    latents: tuple[int, int, int]
+    rows: int
+    time_scale: float = 1000.0
+    steps: int = 30
+    guidance: float = 2.0
+
+
+@dataclass(frozen=True)
 class Recording:
     """One run of a reference implementation, as a file of recorded tensors may hold it.
 
@@ -100,6 +115,7 @@ class Family:
     chat: dict[str, str]  # fields of ChatTemplate
     cases: Cases | Callable[[Any], Cases]  # or made for a config
     cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
+    flow: Callable[[Any], Flow] | None = None  # None: the family paints no images
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
     weight_key: str | None = None  # regular expression: a key of weights that come without a config.json
     # checkpoint, language model and vision tower as they lie on disk, options of load -> mmopt.files.Assembled

@@ -63,6 +63,7 @@ def _cached_attention(
     kv_heads: int,
     scale: float | None = None,
     slopes: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[1]
     positions = past[:, None] + torch.arange(rows, device=past.device)
@@ -72,6 +73,8 @@ def _cached_attention(
     total = int(past.max()) + rows  # the rest of the cache is masked: leave it out of the product
     slots = torch.arange(total, device=past.device)
     mask = slots <= positions[:, None, :, None]
+    if key_mask is not None:  # a row that may see nothing sees itself: its output counts for nobody
+        mask = mask & (key_mask[:, None, None, :total] | (slots == positions[:, None, :, None]))
     if slopes is not None:  # by distance, not place: small for near keys, whose order half precision would lose else
         bias = slopes.float()[:, None, None] * (slots - positions[:, None, :, None])
         mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
@@ -154,7 +157,7 @@ def _(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask=None, scale
 
 
 @_cached_attention_op.register_fake
-def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None):
+def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None, key_mask=None):
     return q.new_empty(q.shape), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 
@@ -174,16 +177,18 @@ def rotary(x, cos, sin, heads):
     return f(x, cos, sin, heads)
 
 
-def cached_attention(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None):
+def cached_attention(
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None, key_mask=None
+):
     """Causal self-attention on top of a cache of fixed capacity; returns ``(out, key_cache, value_cache)``.
 
     Row i of sample b is written to cache slot ``past[b] + i`` and sees the slots up to it. q ``[B, n, heads*d]``; k, v
     ``[B, n, kv_heads*d]``; caches ``[B, kv_heads, capacity, d]``; past ``[B]`` int64. The caches given are not changed.
     slopes ``[heads]``: ALiBi (Press et al. 2022, arXiv:2108.12409), head h adds ``slopes[h] * (j - i)`` to the score of
-    key j for query i.
+    key j for query i. key_mask ``[B, capacity]`` is False for slots that only their own row sees.
     """
     f = torch.ops.mmopt.cached_attention if torch.compiler.is_exporting() else _cached_attention
-    return f(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes)
+    return f(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask)
 
 
 def cross_attention(q, k, v, seen, attends, heads, kv_heads, scale=None):

@@ -20,7 +20,7 @@ from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256,
 
 from mmopt.checkpoint import DTYPES
 from mmopt.graph import shape_of
-from mmopt.program import Loop, Program, Stage
+from mmopt.program import Cat, Loop, Program, Stage
 
 SCHEMA = 1
 TARGETS = ("onnx", "tensorrt")
@@ -156,6 +156,7 @@ def _write(
         "info": {k: v for k, v in program.info.items() if k not in left_out},
         "stages": listed,
         "schedule": [_item(i) for i in program.schedule],
+        "painting": [_item(i) for i in program.painting],
         "state": {
             k: {"shape": list(shape), "dtype": _name(store.exported(d))} for k, (shape, d) in program.state.items()
         },
@@ -180,8 +181,10 @@ def _describe(name: str, stage: Stage, store: Weights, digest: str) -> dict[str,
 
 def _item(item: Any) -> dict[str, Any]:
     if isinstance(item, Loop):
-        return {"loop": [_item(c) for c in item.body], "over": item.over, "trips": item.trips, "until": item.until}
-    return {"call": item.stage, "rename": dict(item.rename)}
+        made = {"loop": [_item(c) for c in item.body], "over": item.over, "trips": item.trips, "until": item.until}
+        return made | ({"update": list(item.update)} if item.update else {})
+    rename = {k: {"cat": v.dim, "names": list(v.names)} if isinstance(v, Cat) else v for k, v in item.rename.items()}
+    return {"call": item.stage, "rename": rename} | ({"writes": dict(item.writes)} if item.writes else {})
 
 
 def _check(directory: Path, facts: dict[str, Any], linked: dict[str, Path], tell: Progress) -> None:

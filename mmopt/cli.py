@@ -114,6 +114,10 @@ def inspect(
     batch: BatchOption = 1,
     images: ImagesOption = 1,
     shots: ShotsOption = None,
+    prompt_length: Annotated[
+        Optional[int], typer.Option("--prompt-length", help="Ids of a prompt to paint. [default: 32]", min=2)
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Guided steps of a painting. [default: 30]", min=1)] = None,
     context: ContextOption = None,
     dtype: DtypeOption = None,
     language_model: LanguageOption = None,
@@ -134,13 +138,16 @@ def inspect(
             images = shots + 1
             context = SHOT * images + 64 if context is None else context
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more))
+        if prompt_length is not None and model.family.flow is not None and context is None:
+            context = prompt_length + model.family.flow(model.config).rows
         program = mmopt.trace(model, batch, images, context)
         reports: list = []
         if optimized:
             now("optimizing")
             result = mmopt.optimize(program, check=False)
             program, reports = result.program, result.reports
-        report = mmopt.inspect(program, reports, batch=batch, images=images)
+        sizes = {} if prompt_length is None else {"prompt_length": prompt_length}
+        report = mmopt.inspect(program, reports, batch=batch, images=images, steps=steps, **sizes)
     from mmopt.inspection import text
 
     show(report, text(report) + (f"\n\n{program}" if graphs else ""), as_json)

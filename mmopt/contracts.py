@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -167,6 +169,47 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
                 return Difference(stage, name, node, *found)
         for stage, name, _ in missing:
             return Difference(stage, name, "no longer made", float("inf"), 0.0)
+        if before.painting and (wrong := compare_painting(before, after, weights, size, seed)):
+            return wrong
+    return None
+
+
+def compare_painting(
+    before: Program, after: Program, weights: dict[str, Tensor], size: int, seed: int
+) -> Difference | None:
+    """The first difference of a velocity or the image, over two guided steps and one that is not.
+
+    What else the stages make may change with the number of samples and of calls.
+    """
+    from mmopt.solvers import make_plan
+
+    g = torch.Generator().manual_seed(seed * 1000 + size)
+    rows = before.info["context"] - before.info["flow"]["rows"]
+    lengths = [min(rows, n) for n in ((6,), (2, 7, 4))[size]]
+    prompts = [torch.randint(0, before.info["vocab_size"], (n,), generator=g).tolist() for n in lengths]
+    noise = torch.randn(len(prompts), *before.info["flow"]["latents"], generator=g)
+    plan = make_plan("euler", 3, guidance=3.0)
+    uncond = np.array(plan.uncond)
+    uncond[:, 2] = 0  # the last evaluation is made without the unconditional pass
+    plan = dataclasses.replace(plan, uncond=uncond, guided=np.array([True, True, False]))
+    values = []
+    for program in (before, after):
+        found: list[tuple[str, str, str, Tensor]] = []
+        run = program.copy()
+        run.weights = {k: weights[k] for k in program.weights}
+        run.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}
+
+        def observe(phase, call, made, chunk, run=run, found=found):
+            for name in ("velocity", "image"):
+                if name in made:
+                    node = run.stages[call.stage].output_nodes()[name]
+                    found.append((call.stage, name, node.name, made[name].clone()))
+
+        run.paint(prompts, noise, plan, observe)
+        values.append(found)
+    for (_, _, _, expected), (stage, name, node, value) in zip(*values, strict=True):
+        if wrong := difference(expected, value):
+            return Difference(stage, name, node, *wrong)
     return None
 
 

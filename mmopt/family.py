@@ -50,8 +50,8 @@ class Cross:
 class Flow:
     """How a rectified flow paints: noise at time 0, data at time 1, the velocity by the language model.
 
-    latents: shape of one image's latents. rows: rows of the language model that they become; one row that tells the time
-    goes before them. time_scale: times are given to the model as time * time_scale. steps, guidance: the reference's.
+    latents: shape of one image's latents. rows: rows of the language model that they become, after one that tells the
+    time. time_scale: times are given to the model as time * time_scale. steps, guidance: the reference's.
     """
 
     latents: tuple[int, int, int]

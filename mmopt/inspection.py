@@ -27,8 +27,9 @@ from mmopt.graph import (
     several,
     shape_of,
 )  # fmt: skip
+from mmopt.inspect_painting import PROMPT, Count
 from mmopt.planning import Chunk, plan
-from mmopt.program import Call, Loop, Program, Stage, live_constants
+from mmopt.program import Call, Program, Stage, live_constants
 from mmopt.rewriting import Report
 from mmopt.sight import Sight, segments
 from mmopt.text import op_name, program_text
@@ -118,6 +119,8 @@ def _flops(n: Node, of: Sizes, past: int) -> int:
         return 2 * of.count(args[0]) * math.prod(of.shape(args[1])[1:])  # type: ignore[arg-type]
     if op is CACHED_ATTENTION:
         batch, rows, width = of.shape(args[0])  # type: ignore[arg-type]
+        if len(args) > 10 and args[10] is not None:  # a mask that is not known
+            return 4 * batch * width * rows * (past + rows)
         return 4 * batch * width * (rows * past + rows * (rows + 1) // 2)
     if op is CROSS_ATTENTION:
         (batch, rows, width), (_, blocks, keys, _) = of.shape(args[0]), of.shape(args[1])  # type: ignore[arg-type]
@@ -174,11 +177,15 @@ def inspect(
     images: int | None = None,
     context: int | None = None,
     new_tokens: int = 64,
+    prompt_length: int = PROMPT,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Count a Program: what ``mmopt inspect --json`` prints.
 
     The schedule is followed for `batch` samples with the typical prompt of `images` images each (by default as many as
-    the program was traced for) and up to `new_tokens` tokens. Raises ValueError if the images do not fit the context.
+    the program was traced for) and up to `new_tokens` tokens; where a model paints, also for one image of a prompt of
+    `prompt_length` ids and `steps` guided steps (by default the reference's). Raises ValueError if the images or the
+    prompt do not fit the context.
     """
     given = {"batch": batch, "images": images, "context": context}
     info = program.info | {k: v for k, v in given.items() if v is not None}
@@ -187,10 +194,15 @@ def inspect(
     new_tokens = max(1, min(new_tokens, info["context"] - rows + 1))
     chunks = plan([prompt] * info["batch"], info, new_tokens)
     calls = _calls(program, info, chunks, rows, new_tokens)
+    conventions = [*CONVENTIONS, _prompt_text(info, prompt, rows)]
+    if program.painting:
+        steps = steps or info["flow"]["steps"]
+        calls += Count(program, prompt_length, 1, steps).run()
+        conventions.append(f"painting: one image of a prompt of {prompt_length} ids, {steps} guided steps.")
     return {
         **{k: info[k] for k in ("family", "dtype", "batch", "images", "context")},
         "prompt": {"rows": rows, "text_rows": _text_rows(info, rows), "chunks": len(chunks)},
-        "conventions": [*CONVENTIONS, _prompt_text(info, prompt, rows)],
+        "conventions": conventions,
         "schedule": program_text(dataclasses.replace(program, stages={})).rstrip(),
         "stages": {name: _stage(stage) for name, stage in program.stages.items()},
         "calls": calls,
@@ -260,23 +272,13 @@ def _calls(program: Program, info: dict, chunks: list[Chunk], past: int, new_tok
             sight = Sight(info, info["images"]) if cross else None
             for c in (c for c in chunks if c.sample == 0):
                 sizes = {"B": 1, "nv": 0 if cross else len(c.images) * image_rows, "nt": len(c.ids), "n": 1}
-                sizes |= seen(sight, c.ids)
+                sizes |= seen(sight, c.ids) | {"n": sizes["nv"] + sizes["nt"]}
                 add(item.body, batch, sizes, before)  # the samples are prefilled one by one
                 before += sizes["nv"] + sizes["nt"]
-        elif item.until:
+        else:
             phase = "decode"
             add(item.body, new_tokens, {"B": batch, "nv": 0, "nt": 1, "n": 1, **seen(sight)}, past)
-        else:
-            phase = "flow"
-            add(item.body, _trips(item, info), {"N": batch, "B": batch, "nv": 0, "nt": 1}, past)
     return made
-
-
-def _trips(loop: Loop, info: dict) -> int:
-    trips = info.get(loop.trips, loop.trips)  # type: ignore[arg-type]
-    if not str(trips).isdigit():
-        raise ValueError(f"a loop runs {loop.trips!r} times, which is neither a number nor named in the program's info")
-    return int(trips)  # type: ignore[arg-type]
 
 
 def _rows(stage: Stage, sizes: dict[str, int]) -> int:
@@ -302,8 +304,9 @@ def _totals(calls: list[dict[str, Any]], info: dict) -> dict[str, float]:
         made["prefill_flops"] = total("prefill", "flops", trips=True)
     if "encode" in phases:
         made["encode_flops_per_image"] = total("encode", "flops") / (batch * info["images"])
-    if "flow" in phases:
-        made["image_flops"] = total("flow", "flops", trips=True) / batch
+    if "paint" in phases:
+        made["image_flops"] = total("paint", "flops", trips=True)
+        made["image_attention_flops"] = total("paint", "attention_flops", trips=True)
     return made
 
 

@@ -27,8 +27,8 @@ class Media:
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
         for call in (i for i in program.schedule if not hasattr(i, "body")):
-            if self.apart & {call.rename.get(n, n) for n in program.stages[call.stage].inputs}:
-                self.apart |= {call.rename.get(n, n) for n in program.stages[call.stage].outputs}
+            if self.apart & {v for n in program.stages[call.stage].inputs for v in call.sources(n)}:
+                self.apart |= {call.target(n) for n in program.stages[call.stage].outputs}
         looped = {c.stage for i in program.schedule if hasattr(i, "body") for c in i.body}
         self.masked = any(self.apart & set(program.stages[name].inputs) for name in looped)  # over all blocks
         self.segmented: dict[str, str] = self.info.get("segments", {})

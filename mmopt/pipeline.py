@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mmopt.contracts import BUDGET, ContractError, compare
+from mmopt.passes.drop_hidden_rows import DropHiddenRows
 from mmopt.passes.drop_unread_rows import DropUnreadRows
 from mmopt.passes.fold_constants import FoldConstants
 from mmopt.passes.fuse_cross_attention import FuseCrossAttention
 from mmopt.passes.hoist_invariants import HoistInvariants
 from mmopt.passes.pack_projections import PackProjections
 from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.share_samples import ShareSamples
+from mmopt.passes.split_calls import SplitCalls
 from mmopt.passes.split_rows import SplitRows
 from mmopt.program import Program
 from mmopt.rewriting import Pass, Report
@@ -26,7 +29,10 @@ def default_passes() -> list[Pass]:
         DropUnreadRows(),
         SplitRows(),
         RejoinRows(),
+        SplitCalls(),
+        ShareSamples(),
         HoistInvariants(),
+        DropHiddenRows(),
         FuseCrossAttention(),
         FoldConstants(),
         PackProjections(),
@@ -93,6 +99,8 @@ def why_unchecked(program: Program) -> str | None:
         return "shapes only, no weights"
     values = sum(w.numel() for w in program.weights.values())
     flops = 2.0 * values * 2 * 2 * (3 * program.info["rows_per_image"] + 40)
+    if program.painting:  # three steps of one and of three images, in two halves
+        flops += 2.0 * values * 2 * 3 * 4 * 2 * program.info["flow"]["rows"]
     if flops > BUDGET:
         return f"about {flops / 1e12:.0f} TFLOP, more than {BUDGET / 1e12:.0f}; ask for it with check=True"
     return None

@@ -241,8 +241,8 @@ def encode(program: Program, pixel_values: Tensor | None) -> dict[str, Tensor]:
     if pixel_values is not None:
         values["pixel_values"] = program.as_frames(pixel_values.to(program.info["torch_dtype"]))
     for call in program.schedule:
-        if isinstance(call, Call) and all(call.rename.get(n, n) in values for n in program.stages[call.stage].inputs):
+        if isinstance(call, Call) and all(call.source(n) in values for n in program.stages[call.stage].inputs):
             stage = program.stages[call.stage]
-            made = stage.run(program.weights, {n: values[call.rename.get(n, n)] for n in stage.inputs})
-            values |= {call.rename.get(n, n): v for n, v in made.items()}
+            made = stage.run(program.weights, {n: values[str(call.source(n))] for n in stage.inputs})
+            values |= {call.target(n): v for n, v in made.items()}
     return values

@@ -19,11 +19,41 @@ from mmopt.planning import Chunk, plan
 
 
 @dataclass(frozen=True)
+class Cat:
+    """Values one after the other along a dimension: samples (0) or rows (1). A call may read it as one value."""
+
+    dim: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (" ; " if self.dim else " | ").join(self.names)
+
+
+@dataclass(frozen=True)
 class Call:
-    """Run a stage. It reads and writes the values of the names it was traced with, unless `rename` maps a name."""
+    """Run a stage. It reads and writes the values of the names it was traced with, unless `rename` maps a name.
+
+    `writes` maps a name for outputs alone: what is read under it stays as it is.
+    """
 
     stage: str
-    rename: dict[str, str] = field(default_factory=dict)
+    rename: dict[str, str | Cat] = field(default_factory=dict)
+    writes: dict[str, str] = field(default_factory=dict)
+
+    def source(self, name: str) -> str | Cat:
+        """What input `name` is read from."""
+        return self.rename.get(name, name)
+
+    def target(self, name: str) -> str:
+        """What output `name` is written to."""
+        found = self.writes.get(name, self.rename.get(name, name))
+        assert isinstance(found, str)
+        return found
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The names of the values that input `name` is read from."""
+        found = self.source(name)
+        return found.names if isinstance(found, Cat) else (found,)
 
 
 @dataclass(frozen=True)
@@ -31,13 +61,16 @@ class Loop:
     """Run `body` once for each element of `over`, or `trips` times or until value `until` is true for all samples.
 
     A value that the body both reads and writes is carried. The elements of ``chunks`` each belong to one sample, so
-    carried values are narrowed to that sample's row of the batch.
+    carried values are narrowed to that sample's row of the batch. A loop over ``steps`` has tables: ``steps.x`` holds a
+    row for each trip, which the body reads as ``step.x``. update: (latents, velocity); the first becomes, after each
+    trip, what the coefficients of that trip make of its first value and of all velocities so far.
     """
 
     body: tuple[Call, ...]
     over: str | None = None
     trips: str | None = None
     until: str | None = None
+    update: tuple[str, str] | None = None
 
 
 @dataclass
@@ -133,6 +166,7 @@ class Program:
     state: dict[str, tuple[tuple, torch.dtype]]  # carried values that start as zeros: shape and dtype
     info: dict[str, Any]  # what plans and engines need: image id, rows per image, capacity, eos ids ...
     has_weights: bool = True
+    painting: tuple[Call | Loop, ...] = ()  # a second schedule: from a prompt and noise to an image
 
     def copy(self) -> Program:
         """Another Program that shares weights and graphs; passes replace graphs, they never edit them."""
@@ -143,6 +177,7 @@ class Program:
             dict(self.state),
             copy.deepcopy(self.info),
             self.has_weights,
+            self.painting,
         )
 
     def with_stage(self, name: str, stage: Stage) -> Program:
@@ -158,7 +193,7 @@ class Program:
         return made
 
     def calls(self) -> Iterator[Call]:
-        for item in self.schedule:
+        for item in (*self.schedule, *self.painting):
             yield from item.body if isinstance(item, Loop) else (item,)
 
     def __str__(self) -> str:
@@ -199,6 +234,7 @@ class Program:
             k: torch.zeros([sizes.get(s, s) if isinstance(s, str) else s for s in shape], dtype=dtype)
             for k, (shape, dtype) in self.state.items()
         }
+        values |= self._seen(len(prompts))
         if pixel_values is not None:
             values["pixel_values"] = self.as_frames(pixel_values.to(self.info["torch_dtype"]))
             values |= image_inputs or {}
@@ -218,6 +254,31 @@ class Program:
         values["tokens"] = self._until_end(tokens, len(prompts), ignore_eos)
         return values
 
+    def _seen(self, batch: int) -> dict[str, Tensor]:
+        """Where the language model can leave slots of its cache out: it sees them all here, at their own positions."""
+        slots = self.stages["language_model"].input_nodes() if self.painting else {}
+        made = {"offset": torch.zeros(batch, dtype=torch.int64)} if "offset" in slots else {}
+        if "seen" in slots:
+            made["seen"] = torch.ones(batch, shape_of(slots["seen"])[1], dtype=torch.bool)
+        return made
+
+    def paint(
+        self,
+        prompts: list[list[int]],
+        noise: Tensor,
+        plan: Any = None,
+        observe: Callable[[str, Call, dict[str, Tensor], Chunk | None], None] | None = None,
+    ) -> dict[str, Any]:
+        """Paint an image for each prompt (ids, the last of which gives way to the time) from its own noise.
+
+        noise ``[G, c, h, w]`` float32; plan: a `mmopt.solvers.FlowPlan`, by default the reference's steps. Returns
+        ``latents`` and, where the model has a decoder of images, ``image`` ``[G, 3, H, W]`` (about -1 to 1), also
+        ``trajectory``: the latents after each evaluation.
+        """
+        from mmopt.painting import paint
+
+        return paint(self, prompts, noise, plan, observe)
+
     def as_frames(self, pixel_values: Tensor) -> Tensor:
         """Images as videos of one frame, if the image stages take videos. ValueError if there are too many frames."""
         nodes = (s.input_nodes().get("pixel_values") for s in self.stages.values())
@@ -233,9 +294,9 @@ class Program:
 
     def _call(self, call: Call, values: dict, phase: str, observe, chunk: Chunk | None) -> None:
         stage = self.stages[call.stage]
-        given = {n: values[call.rename.get(n, n)] for n in stage.inputs}
+        given = {n: values[call.source(n)] for n in stage.inputs}  # type: ignore[index]
         made = stage.run(self.weights, given)
-        values.update({call.rename.get(n, n): v for n, v in made.items()})
+        values.update({call.target(n): v for n, v in made.items()})
         if observe:
             observe(phase, call, made, chunk)
 
@@ -251,7 +312,7 @@ class Program:
             visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
         else:
             visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])
-        local |= {"chunk.ids": torch.tensor([chunk.ids]), "chunk.visual": visual}
+        local |= {"chunk.ids": torch.tensor([chunk.ids]), "chunk.visual": visual} | self._seen(1)
         for call in loop.body:
             self._call(call, local, "prefill", observe, chunk)
         for k in self.state:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, Node
 
@@ -48,6 +48,9 @@ class Parts:
             offsets.append(simplify(offsets[-1] + shape_of(v)[self.dim]))
         return offsets
 
+
+if TYPE_CHECKING:
+    from mmopt.program import Stage
 
 Value = Any  # Node or Parts
 
@@ -213,3 +216,28 @@ def depth(node: Node, known: dict[Node, int]) -> int:
             else:
                 known[n] = max([known[a] for a in n.all_input_nodes], default=0) + (n.target in HEAVY)
     return known[node]
+
+
+def works_along(stage: Stage, dim: int) -> bool:
+    """Whether a stage makes each part of all its outputs along `dim` of that part of its inputs alone."""
+    along: dict[Node, int] = dict.fromkeys(stage.output_nodes().values(), dim)
+    for n in reversed(stage.graph.nodes):
+        if n not in along or n.op == "get_attr" or n.meta.get("const"):
+            continue
+        if n.op == "placeholder":
+            if along[n] != dim:
+                return False
+            continue
+        rule = operand_dims(n, along[n])
+        if rule is None:
+            return False
+        for i, a in enumerate(n.args):
+            dims = rule.get(i)
+            for x, place in zip(a, dims, strict=True) if isinstance(dims, list) else [(a, dims)]:
+                if (
+                    isinstance(x, Node)
+                    and not x.meta["const"]
+                    and (place is None or along.setdefault(x, place) != place)
+                ):
+                    return False
+    return True

@@ -65,15 +65,23 @@ def stage_text(stage: Stage) -> str:
 def program_text(p: Program) -> str:
     def call(c: Call) -> str:
         renamed = "".join(f", {k}={v}" for k, v in sorted(c.rename.items()))
-        return f"call {c.stage}{renamed}"
+        caches = [k for k in c.writes if k.partition(".")[0] in ("key_cache", "value_cache")]
+        written = "".join(f", {k}->{v}" for k, v in sorted(c.writes.items()) if k not in caches)
+        return f"call {c.stage}{renamed}{written}" + (
+            f", caches->{c.writes[caches[0]].split('.')[0]}" if caches else ""
+        )
 
-    lines = ["schedule:"]
-    for item in p.schedule:
-        if isinstance(item, Loop):
-            head = f"over {item.over}" if item.over else f"{item.trips} times until {item.until}"
-            lines += [f"  loop {head}:", *(f"    {call(c)}" for c in item.body)]
-        else:
-            lines.append(f"  {call(item)}")
+    lines: list[str] = []
+    for title, items in (("schedule", p.schedule), ("painting", p.painting)):
+        lines += [f"{title}:"] if items else []
+        for item in items:
+            if isinstance(item, Loop):
+                head = f"over {item.over}" if item.over else f"{item.trips} times"
+                head += f" until {item.until}" if item.until else ""
+                lines += [f"  loop {head}:", *(f"    {call(c)}" for c in item.body)]
+                lines += [f"    update {item.update[0]} by {item.update[1]}"] if item.update else []
+            else:
+                lines.append(f"  {call(item)}")
     for name, stage in p.stages.items():
         lines += ["", f"stage {name}{stage_text(stage)}"]
     return "\n".join(lines)

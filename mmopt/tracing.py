@@ -13,13 +13,14 @@ from mmopt.checkpoint import Model
 from mmopt.family import StageSpec, TensorSpec
 from mmopt.graph import symbol
 from mmopt.lift import Lift
-from mmopt.program import Call, Loop, Program, Stage
+from mmopt.program import Call, Cat, Loop, Program, Stage
 from mmopt.sight import PER_CALL
 
 # Sizes to trace at: at least 2 (1 would be taken for a constant) and all different (equal ones would be tied together).
 EXAMPLE = {"B": 3, "N": 2, "F": 6, "nv": 5, "nt": 7, "nb": 4}
 # What the host makes for each call of the language model, or once for all of them (media); all else is carried.
-GIVEN = {"visual", "text", "media", *PER_CALL}
+GIVEN = {"visual", "text", "media", "offset", *PER_CALL}
+PAINTING = ("flow_time", "flow_encode", "flow_decode", "decode_image")  # stages that text does not need
 
 
 class NextToken(nn.Module):
@@ -45,7 +46,8 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
     does not allow that many rows.
     """
     c = model.config
-    context = min(512, c.max_position_embeddings) if context is None else context
+    flow = None if model.family.flow is None else model.family.flow(c)
+    context = min(512 + (flow.rows if flow else 0), c.max_position_embeddings) if context is None else context
     for name, value in (("batch", batch), ("images", images), ("context", context)):
         if value < (0 if name == "images" else 1):
             raise ValueError(f"{name} is {value}, expected a positive number")
@@ -67,17 +69,25 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
             spec = spec[int(name.split(".")[1])] if isinstance(spec, list) else spec
             state[name] = (spec.shape, spec.dtype)
     among = model.family.cross is None  # images lie among the rows of the text
+    apart = ("embed", "language_model", "head", "next_token", *PAINTING)
+    head = (Call("head"),) if "head" in specs else ()
     schedule: tuple[Call | Loop, ...] = (
-        *(Call(name) for name in specs if name not in ("embed", "language_model", "next_token")),
+        *(Call(name) for name in specs if name not in apart),
         Loop(
             (
                 Call("embed", {"ids": "chunk.ids"}),
                 Call("language_model", {"visual": "chunk.visual"} if among else {}),
+                *head,
             ),
             over="chunks",
         ),
         Loop(
-            (Call("next_token"), Call("embed"), Call("language_model", {"visual": "no_visual"} if among else {})),
+            (
+                Call("next_token"),
+                Call("embed"),
+                Call("language_model", {"visual": "no_visual"} if among else {}),
+                *head,
+            ),
             trips="max_new_tokens",
             until="done",
         ),
@@ -88,6 +98,9 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "image_marker": model.family.image_marker,
         "rows_per_image": c.rows_per_image,
         "max_frames": getattr(c, "max_frames", None),
+        "flow": None if flow is None else dataclasses.asdict(flow),
+        "full_precision_stages": ["decode_image"] if flow else [],
+        "full_precision_values": ["latents", "time", "velocity", "image"] if flow else [],
         "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]
         "hidden_size": c.hidden_size,
         "vocab_size": c.vocab_size,
@@ -105,7 +118,26 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "directory": str(model.directory) if model.directory else None,
         "tokenizer": model.tokenizer,
     }
-    return Program(traced, schedule, weights, state, info, model.has_weights).drop_unused()
+    painting = painting_of(traced) if flow else ()
+    return Program(traced, schedule, weights, state, info, model.has_weights, painting).drop_unused()
+
+
+def painting_of(stages: dict[str, Stage]) -> tuple[Call | Loop, ...]:
+    """The reference's sampler: each step reads the prompt again, both halves of the guidance do everything apart."""
+    caches = {o: f"image.{o}" for o in stages["language_model"].outputs if o != "hidden"}
+    rows: dict[str, str | Cat] = {"visual": Cat(1, ("prompt.text", "time_row")), "text": "tokens"}
+    host: dict[str, str | Cat] = {"past": "prompt.begin", "offset": "prompt.offset", "seen": "prompt.seen"}
+    step = (
+        Call("flow_time", {"time": "step.time"}),
+        Call("flow_encode", {"latents": Cat(0, ("latents", "latents"))}),
+        Call("language_model", rows | host, caches),
+        Call("flow_decode"),
+    )
+    return (
+        Call("embed", {"ids": "prompt.ids", "text": "prompt.text"}),
+        Loop(step, trips="steps", update=("latents", "velocity")),
+        *([Call("decode_image")] if "decode_image" in stages else []),
+    )
 
 
 def trace_stage(spec: StageSpec, weights: dict[str, torch.Tensor]) -> Stage:

@@ -60,12 +60,12 @@ class DropUnreadRows(Pass):
 
 def readers(program: Program, stage: str, output: str) -> list[tuple[str, str]]:
     """(stage, input name) of every call that reads the value which `stage` writes as `output`."""
-    written = {c.rename.get(output, output) for c in program.calls() if c.stage == stage}
+    written = {c.target(output) for c in program.calls() if c.stage == stage}
     found = [
         (c.stage, value)
         for c in program.calls()
         for value in program.stages[c.stage].inputs
-        if c.rename.get(value, value) in written
+        if written & set(c.sources(value))
     ]
     return list(dict.fromkeys(found))
 

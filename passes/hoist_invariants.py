@@ -1,20 +1,23 @@
 """loop(f(a), g(a, x)) = y = f(a); loop(g(y, x)): nothing that a loop does not change is computed in the loop.
 
-Three levels: what depends on weights alone is computed when the program is compiled (it becomes a constant: broadcasts
-are moved behind it, f(expand(c)) = expand(f(c))); what depends only on values that a loop does not write moves to a
-stage called once before the loop; the rest stays.
+Levels: what depends on weights alone is computed when the program is compiled (it becomes a constant: broadcasts are
+moved behind it, f(expand(c)) = expand(f(c))); what depends only on values that a loop does not write moves to a stage
+called once before the loop; what depends on the number of the trip alone is computed for all trips in one call before
+the loop, which makes it a table; the rest stays.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, on_part, operand_dims, rebuild, shape_of
-from mmopt.program import Call, Loop, Program, Stage
+from mmopt.program import Call, Cat, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
+from mmopt.rows import works_along
 from mmopt.sight import PER_CALL
 
 
@@ -35,13 +38,18 @@ class HoistInvariants(Pass):
                 schedule += before
             schedule.append(item)
         made.schedule = tuple(schedule)
+        painting: list[Call | Loop] = []
+        for item in made.painting:
+            before, item = hoist_steps(made, item, report) if isinstance(item, Loop) else ([], item)
+            painting += [*before, item]
+        made.painting = tuple(painting)
         return made
 
     def hoist_shared(self, program: Program, report: Report) -> tuple[Call | Loop, ...]:
         """What a stage makes of values that none of the loops that call it changes is computed once, before them."""
         loops = [i for i in program.schedule if isinstance(i, Loop)]
         inside = [c for loop in loops for c in loop.body]
-        written = {c.rename.get(o, o) for c in inside for o in program.stages[c.stage].outputs} | set(PER_CALL)
+        written = {c.target(o) for c in inside for o in program.stages[c.stage].outputs} | set(PER_CALL)
         schedule = list(program.schedule)
         for name, calls in Counter(c.stage for c in inside).items():
             if calls < 2 or any(c.stage == name for c in schedule if isinstance(c, Call)):
@@ -49,13 +57,13 @@ class HoistInvariants(Pass):
             stage = program.stages[name]
             fixed = set()
             for i in stage.inputs:
-                read = {c.rename.get(i, i) for c in inside if c.stage == name}
+                read = {v for c in inside if c.stage == name for v in c.sources(i)}
                 if len(read) == 1 and not any(v in written or v.startswith("chunk.") for v in read):
                     fixed.add(i)
             split = split_stage(stage, fixed, name) if fixed else None
             if split is None:
                 continue
-            if program.info.get("cross") and not by_block(split[0]):
+            if program.info.get("cross") and not works_along(split[0], 1):
                 report.skip(name, "what no loop changes is not made image by image, each block by itself")
                 continue
             program.stages[f"{name}.once"], program.stages[name], values = split
@@ -67,13 +75,13 @@ class HoistInvariants(Pass):
 
     def hoist(self, program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
         """Calls to make once before the loop, and the loop without what they do. Stages of `program` are replaced."""
-        written = {c.rename.get(o, o) for c in loop.body for o in program.stages[c.stage].outputs} | set(PER_CALL)
+        written = {c.target(o) for c in loop.body for o in program.stages[c.stage].outputs} | set(PER_CALL)
         before: list[Call] = []
         body: list[Call] = []
         times = Counter(c.stage for c in program.calls())
         for call in loop.body:
             stage = program.stages[call.stage]
-            fixed = {i for i in stage.inputs if call.rename.get(i, i) not in written}
+            fixed = {i for i in stage.inputs if not written & set(call.sources(i))}
             split = split_stage(stage, fixed, call.stage)
             if split is None:
                 report.skip(call.stage, "every product in it depends on what the loop changes")
@@ -89,27 +97,6 @@ class HoistInvariants(Pass):
             body.append(call)
             report.did(f"{call.stage}: {len(values)} values that the loop does not change are computed once before it")
         return before, Loop(tuple(body), loop.over, loop.trips, loop.until)
-
-
-def by_block(stage: Stage) -> bool:
-    """Whether a stage makes each block (dimension 1) of all its outputs of that block of its inputs alone."""
-    along: dict[Node, int] = dict.fromkeys(stage.output_nodes().values(), 1)
-    for n in reversed(stage.graph.nodes):
-        if n not in along or n.op == "get_attr" or n.meta.get("const"):
-            continue
-        if n.op == "placeholder":
-            if along[n] != 1:
-                return False
-            continue
-        rule = operand_dims(n, along[n])
-        if rule is None:
-            return False
-        for i, a in enumerate(n.args):
-            dims = rule.get(i)
-            for x, dim in zip(a, dims, strict=True) if isinstance(dims, list) else [(a, dims)]:
-                if isinstance(x, Node) and not x.meta["const"] and (dim is None or along.setdefault(x, dim) != dim):
-                    return False
-    return True
 
 
 def sink_broadcasts(graph: Graph) -> tuple[Graph, int]:
@@ -147,7 +134,7 @@ def one_sample(b: Builder, expanded: Node) -> Node | None:
     return b.reshape(constant, own) if own == (1, *shape[1:]) else None
 
 
-def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage, list[str]] | None:
+def split_stage(stage: Stage, fixed: set[str], name: str, kind: str = "once") -> tuple[Stage, Stage, list[str]] | None:
     """(once, step, values between them), or None if nothing worth moving depends on `fixed` inputs alone."""
     inputs = stage.input_nodes()
     invariant: set[Node] = {n for i, n in inputs.items() if i in fixed}
@@ -168,7 +155,7 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
     ]  # fmt: skip
     if not frontier:
         return None
-    values = {n: f"{name}.once.{i}" for i, n in enumerate(frontier)}
+    values = {n: f"{name}.{kind}.{i}" for i, n in enumerate(frontier)}
 
     def part(stop: dict[Node, str], wanted: dict[str, Node]) -> Stage:
         """The stage that computes `wanted`, with the nodes of `stop` as inputs."""
@@ -199,3 +186,59 @@ def split_stage(stage: Stage, fixed: set[str], name: str) -> tuple[Stage, Stage,
     once = part({}, {v: n for n, v in values.items()})
     step = part(values, outputs)
     return once, step, list(values.values())
+
+
+def hoist_steps(program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
+    """Calls to make before a loop over ``steps``, and the loop without them: whole calls, then parts of stages.
+
+    What depends on the trip alone is called once with all trips as its batch: such a stage must work sample by sample.
+    """
+    changing = {loop.update[0]} if loop.update else set()
+    written = {c.target(o) for c in loop.body for o in program.stages[c.stage].outputs} | changing
+    before: list[Call] = []
+    body: list[Call] = []
+    tables: dict[str, str | Cat] = {}  # value -> the row of a table that it became
+    fixed: set[str] = set()
+    times = Counter(c.stage for c in program.calls())
+    for call in loop.body:
+        stage = program.stages[call.stage]
+        rename = {i: tables[s] for i in stage.inputs if isinstance(s := call.source(i), str) and s in tables}
+        for i in stage.inputs:
+            if isinstance(c := call.source(i), Cat):
+                rename[i] = Cat(c.dim, tuple(str(tables.get(n, n)) for n in c.names))
+        call = replace(call, rename=call.rename | rename)
+        sources = {s for i in stage.inputs for s in call.sources(i)}
+        if all(s not in written or s in fixed for s in sources) and not any(s.startswith("step.") for s in sources):
+            before.append(call)
+            fixed |= {call.target(o) for o in stage.outputs}
+            report.did(f"{call.stage}: called once before the loop, which changes nothing of what this call reads")
+        elif all(s.startswith("step.") for s in sources) and works_along(stage, 0):
+            rows = {i: table_of(str(call.source(i))) for i in stage.inputs}
+            before.append(Call(call.stage, rows, {o: f"steps.{call.target(o)}" for o in stage.outputs}))  # type: ignore[arg-type]
+            tables |= {call.target(o): f"step.{call.target(o)}" for o in stage.outputs}
+            report.did(f"{call.stage}: called once for all trips, before the loop; the loop reads a table")
+        else:
+            each = {i for i in stage.inputs if all(s.startswith("step.") for s in call.sources(i))}
+            split = split_stage(stage, each, call.stage, "steps") if each else None
+            if split is None:
+                report.skip(call.stage, "every product in it depends on what the loop changes")
+            elif times[call.stage] > 1:
+                report.skip(call.stage, "called elsewhere too: a second copy would hold its weights twice")
+            elif not works_along(split[0], 0):
+                report.skip(call.stage, "what depends on the trip alone is not made sample by sample")
+            else:
+                once, program.stages[call.stage], values = split
+                program.stages[f"{call.stage}.steps"] = once
+                rows = {i: table_of(str(call.source(i))) for i in once.inputs}
+                before.append(Call(f"{call.stage}.steps", rows, {v: f"steps.{v}" for v in values}))  # type: ignore[arg-type]
+                inputs = program.stages[call.stage].inputs
+                kept = {k: v for k, v in call.rename.items() if k in inputs or k in stage.outputs}
+                call = replace(call, rename=kept | {v: f"step.{v}" for v in values})
+                report.did(f"{call.stage}: {len(values)} values that depend on the trip alone become tables")
+            body.append(call)
+    return before, replace(loop, body=tuple(body))
+
+
+def table_of(step: str) -> str:
+    """The table whose row of this trip is read as `step`."""
+    return "steps." + step.removeprefix("step.")

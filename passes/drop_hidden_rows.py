@@ -1,0 +1,72 @@
+"""softmax over keys that a mask hides = softmax without them: rows that nobody sees are not fed.
+
+The mask over the slots of a cache is known as soon as the prompt is. Rows that it hides are left out of the cache, the
+rest keep their positions, and the graph loses the mask: its attention is plain causal attention again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mmopt.graph import CACHED_ATTENTION, Builder, rebuild
+from mmopt.program import Call, Loop, Program, Stage
+from mmopt.rewriting import Pass, Report
+
+MASK = 10  # which argument of cached attention hides slots
+
+
+class DropHiddenRows(Pass):
+    def run(self, program: Program, report: Report) -> Program:
+        made = program.copy()
+        for name, stage in program.stages.items():
+            masks = {
+                n for n in stage.graph.nodes if n.target is CACHED_ATTENTION and len(n.args) > MASK and n.args[MASK]
+            }
+            if not masks:
+                continue
+            names = {n: i for i, n in stage.input_nodes().items()}
+            hidden = {names.get(n.args[MASK], "") for n in masks}  # type: ignore[arg-type]
+            if (
+                len(hidden) != 1
+                or not (mask := hidden.pop())
+                or any(u not in masks for u in stage.input_nodes()[mask].users)
+            ):
+                report.skip(name, "its mask is not one input that attention alone reads")
+                continue
+            calls = [c for c in program.calls() if c.stage == name and mask in c.rename]
+            if len(calls) < 2:
+                report.skip(
+                    name, "rows that are hidden are fed in one call with others, at places that all samples share"
+                )
+                continue
+            made.stages[name] = without(stage, mask)
+            made.painting = tuple(self.compact(i, name, mask) for i in made.painting)
+            made.schedule = tuple(self.compact(i, name, mask) for i in made.schedule)
+            made.info["flow"]["compact"] = True
+            report.did(f"{name}: {len(masks)} attentions lose a mask; rows hidden by it are left out of the cache")
+        if not report.rewrites and not report.skipped:
+            report.skip("program", "no attention on a cache has a mask")
+        return made
+
+    def compact(self, item: Call | Loop, stage: str, mask: str) -> Call | Loop:
+        """Calls without the mask. Rows after the prompt begin where its seen rows end, and keep their positions."""
+        if isinstance(item, Loop):
+            return replace(item, body=tuple(self.compact(c, stage, mask) for c in item.body))  # type: ignore[misc]
+        if item.stage != stage:
+            return item
+        rename = {k: v for k, v in item.rename.items() if k != mask}
+        if rename.get("past") == "prompt.past":
+            rename |= {"past": "prompt.end", "offset": "image.offset"}
+        return replace(item, rename=rename)
+
+
+def without(stage: Stage, mask: str) -> Stage:
+    graph = rebuild(stage.graph, drop_mask)
+    place = stage.inputs.index(mask)
+    unused = [n for n in graph.nodes if n.op == "placeholder"][place]
+    graph.erase_node(unused)
+    return Stage(graph, [i for i in stage.inputs if i != mask], stage.outputs)
+
+
+def drop_mask(b: Builder, n, args: tuple):
+    return b.copy(n, args[:MASK]) if n.target is CACHED_ATTENTION and len(args) > MASK else None

@@ -177,9 +177,7 @@ def rotary(x, cos, sin, heads):
     return f(x, cos, sin, heads)
 
 
-def cached_attention(
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None, key_mask=None
-):
+def cached_attention(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None, key_mask=None):
     """Causal self-attention on top of a cache of fixed capacity; returns ``(out, key_cache, value_cache)``.
 
     Row i of sample b is written to cache slot ``past[b] + i`` and sees the slots up to it. q ``[B, n, heads*d]``; k, v

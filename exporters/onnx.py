@@ -20,7 +20,8 @@ from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256,
 
 from mmopt.checkpoint import DTYPES
 from mmopt.graph import shape_of
-from mmopt.program import Cat, Loop, Program, Stage
+from mmopt.program import Program, Stage
+from mmopt.schedule import to_json
 
 SCHEMA = 1
 TARGETS = ("onnx", "tensorrt")
@@ -155,8 +156,8 @@ def _write(
         "dtype": _name(dtype),
         "info": {k: v for k, v in program.info.items() if k not in left_out},
         "stages": listed,
-        "schedule": [_item(i) for i in program.schedule],
-        "painting": [_item(i) for i in program.painting],
+        "schedule": [to_json(i) for i in program.schedule],
+        "painting": [to_json(i) for i in program.painting],
         "state": {
             k: {"shape": list(shape), "dtype": _name(store.exported(d))} for k, (shape, d) in program.state.items()
         },
@@ -177,14 +178,6 @@ def _describe(name: str, stage: Stage, store: Weights, digest: str) -> dict[str,
             outputs[k]["onnx"] = output_name(stage, k)
     inputs = {k: value(node) for k, node in stage.input_nodes().items()}
     return {"file": f"{name}.onnx", "sha256": digest, "inputs": inputs, "outputs": outputs}
-
-
-def _item(item: Any) -> dict[str, Any]:
-    if isinstance(item, Loop):
-        made = {"loop": [_item(c) for c in item.body], "over": item.over, "trips": item.trips, "until": item.until}
-        return made | ({"update": list(item.update)} if item.update else {})
-    rename = {k: {"cat": v.dim, "names": list(v.names)} if isinstance(v, Cat) else v for k, v in item.rename.items()}
-    return {"call": item.stage, "rename": rename} | ({"writes": dict(item.writes)} if item.writes else {})
 
 
 def _check(directory: Path, facts: dict[str, Any], linked: dict[str, Path], tell: Progress) -> None:

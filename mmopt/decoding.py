@@ -20,7 +20,7 @@ import numpy as np
 from mmopt.planning import plan
 from mmopt.prefix import Prefix, restore
 from mmopt.sampling import Answer
-from mmopt.session import Bound, EngineError, StageSession, Tensor, from_bits
+from mmopt.session import Bound, EngineError, Sessions, Tensor, from_bits
 from mmopt.sight import PER_CALL
 from mmopt.view import Image, View, given
 
@@ -75,7 +75,6 @@ class DecodeStep:
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
         self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
-        self._logits = Tensor.zeros((lanes, 1, decoder.info["vocab_size"]), decoder.dtype)
         self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
         self._decoder, self._cache, self._lanes = decoder, cache, lanes
         self._bind()
@@ -87,7 +86,7 @@ class DecodeStep:
             images = given(decoder, views, [[v.sight.now] for v in views])
         else:
             images = {"visual": Tensor.zeros((lanes, 0, decoder.width), decoder.dtype, decoder.language.device)}
-        self._model = decoder.bind_language(images, self._text, self._past, cache, slice(0, lanes), self._logits)
+        self._bound, self._logits = decoder.bind_language(images, self._text, self._past, cache, slice(0, lanes), 1)
         self._version = cache.version
 
     def run(self, ids: Sequence[int], past: np.ndarray) -> np.ndarray:
@@ -96,7 +95,8 @@ class DecodeStep:
         self._ids.write(np.array(ids, np.int64)[:, None])
         self._past.write(past)
         self._embed.run()
-        self._model.run()
+        for b in self._bound:
+            b.run()
         return from_bits(self._logits.owner, self._logits.dtype)[:, 0].astype(np.float32, copy=False)
 
 
@@ -107,14 +107,16 @@ class Decoder:
         self.info, self.dtype = facts["info"], facts["dtype"]
         self.width = self.info["hidden_size"]
         loops = [i["loop"] for i in facts["schedule"] if i.get("over") == "chunks"]
-        if len(loops) != 1 or len(loops[0]) != 2:
+        if len(loops) != 1 or len(loops[0]) not in (2, 3):
             raise EngineError(f"{directory}: its schedule has no loop over chunks of a text stage and a language model")
-        table, model = (c["call"] for c in loops[0])
-        self.stages = {  # looking up rows of a table needs no threads, and its own would spin beside the model's
-            name: StageSession(name, directory, stage, provider, 1 if name == table else threads)
-            for name, stage in facts["stages"].items()
-        }
+        table, model, *head = (c["call"] for c in loops[0])
+        # looking up rows of a table needs no threads, and its own would spin beside the model's
+        self.stages = Sessions(directory, facts["stages"], provider, threads, {table})
         self.embed, self.language = self.stages[table], self.stages[model]
+        painted = {c["call"] for i in facts.get("painting", ()) for c in i.get("loop", [i])}
+        self._head = head[0] if head else None
+        if not painted:  # else stages wait until their task is asked for
+            list(self.stages.values())
         self.cross, self.segmented = self.info.get("cross"), self.info.get("segments", {})
         calls = [i for i in facts["schedule"] if "call" in i]
         self._look_calls, apart = [], {"media"} if self.cross else set()
@@ -128,7 +130,7 @@ class Decoder:
         self.takes_frames = self.pixels["shape"][1] == "F"
         self._encode_calls = [c for c in calls if c not in self._look_calls]
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
-        known = {"visual", "text", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}
+        known = {"visual", "text", "offset", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}
         unknown = {k for k in self.language.inputs if k not in known and k not in self.language.outputs}
         if unknown:
             raise EngineError(
@@ -234,10 +236,10 @@ class Decoder:
         text = Tensor.zeros((1, len(ids), self.width), self.dtype, self.embed.device)
         self.embed.bind({"ids": Tensor.of(np.array([ids]), "int64")}, {"text": text}).run()
         rows = len(ids) + (images["visual"].shape[1] if "visual" in images else 0)
-        out_rows = 1 if self.language.outputs["logits"]["shape"][1] == 1 else rows
-        logits = Tensor.zeros((1, out_rows, self.info["vocab_size"]), self.dtype)
         past = Tensor.of(cache.past[lane : lane + 1], "int64")
-        self.bind_language(images, text, past, cache, slice(lane, lane + 1), logits).run()
+        bound, logits = self.bind_language(images, text, past, cache, slice(lane, lane + 1), rows)
+        for b in bound:
+            b.run()
         cache.past[lane] += rows
         return logits.numpy()[0, -1].astype(np.float32, copy=False)
 
@@ -273,13 +275,31 @@ class Decoder:
             yield
 
     def bind_language(
-        self, images: dict[str, Tensor], text: Tensor, past: Tensor, cache: Cache, lanes: slice, logits: Tensor
-    ) -> Bound:
-        """The language model on some lanes of a cache: the same memory as input and output."""
+        self, images: dict[str, Tensor], text: Tensor, past: Tensor, cache: Cache, lanes: slice, rows: int
+    ) -> tuple[list[Bound], Tensor]:
+        """The language model, and its head where that is a stage of its own, on some lanes of a cache: the same memory
+        as input and output; and the logits that they write, of all `rows` or of the last."""
         kept = {k: t[lanes] for k, t in cache.tensors.items()}
-        inputs = images | {"text": text, "past": past} | kept
-        outputs = {"logits": logits, "past": Tensor.zeros(past.shape, "int64", past.device)} | kept
-        return self.language.bind(inputs, outputs)
+        inputs = images | {"text": text, "past": past} | kept | self._plain(past.shape[0])
+        outputs = {"past": Tensor.zeros(past.shape, "int64", past.device)} | kept
+        last = self.language if self._head is None else self.stages[self._head]
+        out_rows = 1 if last.outputs["logits"]["shape"][1] == 1 else rows
+        logits = Tensor.zeros((past.shape[0], out_rows, self.info["vocab_size"]), self.dtype)
+        if self._head is None:
+            return [self.language.bind(inputs, outputs | {"logits": logits})], logits
+        hidden = self.language.empty("hidden", inputs)
+        bound = self.language.bind(inputs, outputs | {"hidden": hidden})
+        return [bound, last.bind({"hidden": hidden}, {"logits": logits})], logits
+
+    def _plain(self, lanes: int) -> dict[str, Tensor]:
+        """Where the language model can leave slots of its cache out: texts see them all, at their own positions."""
+        made = {}
+        if "offset" in self.language.inputs:
+            made["offset"] = Tensor.zeros((lanes,), "int64", self.language.device)
+        if "seen" in self.language.inputs and not self.cross:
+            slots = self.language.inputs["seen"]["shape"][1]
+            made["seen"] = Tensor.of(np.ones((lanes, slots), np.bool_), "bool", self.language.device)
+        return made
 
     @contextmanager
     def cache(self, batch: int) -> Iterator[Cache]:

@@ -16,61 +16,9 @@ from torch.fx import Graph, Node
 from mmopt.graph import ARANGE, FULL, is_const, shape_of
 from mmopt.media import Media
 from mmopt.planning import Chunk, plan
-
-
-@dataclass(frozen=True)
-class Cat:
-    """Values one after the other along a dimension: samples (0) or rows (1). A call may read it as one value."""
-
-    dim: int
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return (" ; " if self.dim else " | ").join(self.names)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Run a stage. It reads and writes the values of the names it was traced with, unless `rename` maps a name.
-
-    `writes` maps a name for outputs alone: what is read under it stays as it is.
-    """
-
-    stage: str
-    rename: dict[str, str | Cat] = field(default_factory=dict)
-    writes: dict[str, str] = field(default_factory=dict)
-
-    def source(self, name: str) -> str | Cat:
-        """What input `name` is read from."""
-        return self.rename.get(name, name)
-
-    def target(self, name: str) -> str:
-        """What output `name` is written to."""
-        found = self.writes.get(name, self.rename.get(name, name))
-        assert isinstance(found, str)
-        return found
-
-    def sources(self, name: str) -> tuple[str, ...]:
-        """The names of the values that input `name` is read from."""
-        found = self.source(name)
-        return found.names if isinstance(found, Cat) else (found,)
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Run `body` once for each element of `over`, or `trips` times or until value `until` is true for all samples.
-
-    A value that the body both reads and writes is carried. The elements of ``chunks`` each belong to one sample, so
-    carried values are narrowed to that sample's row of the batch. A loop over ``steps`` has tables: ``steps.x`` holds a
-    row for each trip, which the body reads as ``step.x``. update: (latents, velocity); the first becomes, after each
-    trip, what the coefficients of that trip make of its first value and of all velocities so far.
-    """
-
-    body: tuple[Call, ...]
-    over: str | None = None
-    trips: str | None = None
-    until: str | None = None
-    update: tuple[str, str] | None = None
+from mmopt.schedule import Call as Call
+from mmopt.schedule import Cat as Cat
+from mmopt.schedule import Loop as Loop
 
 
 @dataclass

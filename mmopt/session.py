@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,10 @@ class StageSession:
                 f"stage {name} would run on {', '.join(self.session.get_providers())}"
             )
 
+    def empty(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Memory for an output of these inputs."""
+        return Tensor.zeros(self.output_shape(name, inputs), self.outputs[name]["dtype"], self.device)
+
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Bound:
         """Fix the memory of all inputs and outputs."""
         return Bound(self, inputs, outputs)
@@ -216,7 +221,41 @@ class StageSession:
         sizes: dict[str, int] = {}
         for k, value in inputs.items():
             sizes |= {s: n for s, n in zip(self.inputs[k]["shape"], value.shape, strict=True) if isinstance(s, str)}
-        return tuple(sizes[s] if isinstance(s, str) else s for s in self.outputs[name]["shape"])
+        return tuple(size_of(s, sizes) for s in self.outputs[name]["shape"])
+
+
+def size_of(size: int | str, sizes: Mapping[str, int]) -> int:
+    """A size as program.json spells it: a number, a name, or a sum of products of these."""
+    if isinstance(size, int):
+        return size
+    terms = (term.split("*") for term in size.split(" + "))
+    return sum(math.prod(sizes[f] if f in sizes else int(f) for f in factors) for factors in terms)
+
+
+class Sessions(Mapping[str, StageSession]):
+    """The stages of an engine directory; each is loaded when it is first asked for. Safe to use from several threads.
+
+    single: stages that run with one thread.
+    """
+
+    def __init__(self, directory: Path, stages: dict[str, Any], provider: str, threads: int, single: set[str]):
+        self._directory, self._stages, self._provider, self._threads = directory, stages, provider, threads
+        self._single, self._lock = single, threading.Lock()
+        self._loaded: dict[str, StageSession] = {}
+
+    def __getitem__(self, name: str) -> StageSession:
+        with self._lock:
+            if name not in self._loaded:
+                threads = 1 if name in self._single else self._threads
+                facts = self._stages[name]
+                self._loaded[name] = StageSession(name, self._directory, facts, self._provider, threads)
+            return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
 
 
 class Bound:

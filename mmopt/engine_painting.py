@@ -1,0 +1,156 @@
+"""Paints with an engine: the painting schedule on ONNX Runtime sessions, latents and solver in numpy on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmopt.decoding import Decoder
+from mmopt.painting import Painter, Samples, lay_out, plan_of
+from mmopt.schedule import from_json
+from mmopt.session import EngineError, StageSession, Tensor, from_bits
+from mmopt.solvers import FlowPlan
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CACHES = ("key_cache", "value_cache")
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What an engine painted. latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not
+    clipped (None without a decoder of images); trajectory: the latents after each evaluation, where asked for."""
+
+    latents: np.ndarray
+    pixels: np.ndarray | None
+    plan: FlowPlan
+    trajectory: list[np.ndarray] | None = None
+
+    def images(self) -> list[Image]:
+        """Pictures of 8 bits, rounded down as the reference's demo does."""
+        from PIL import Image
+
+        if self.pixels is None:
+            raise EngineError("this engine has no decoder of images: export it from a checkpoint with its VAE")
+        levels = ((np.clip(self.pixels, -1, 1) + 1) / 2 * 255).astype(np.uint8)
+        return [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in levels]
+
+
+class EnginePainter(Painter):
+    """Values are numpy arrays as they are stored (bfloat16 as its bits); caches stay in the memory of the device."""
+
+    def __init__(self, decoder: Decoder, facts: dict[str, Any], samples: Samples, plan: FlowPlan, trips: Any = None):
+        listed = facts["stages"]
+        inputs = {k: {i: x["shape"] for i, x in s["inputs"].items()} for k, s in listed.items()}
+        super().__init__([from_json(i) for i in facts["painting"]], inputs, samples, plan, trips)
+        self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.get("one_sample")}
+        self.info, both = facts["info"], 2 * self.count
+        model = decoder.language
+        self.model_name = model.name
+        self.cached = [k for k in model.inputs if k.partition(".")[0] in CACHES]
+        self.caches = {
+            k: Tensor.zeros((both, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
+            for k in self.cached
+        }
+        self.values |= samples.values()
+        times = np.asarray(plan.times * self.info["flow"]["time_scale"], np.float32)
+        bits = Tensor.zeros((both, 0, self.info["hidden_size"]), decoder.dtype).owner
+        self.values |= {"steps.time": times, "no_rows": bits}
+
+    def cat(self, parts: list[np.ndarray], dim: int) -> np.ndarray:
+        return np.concatenate(parts, dim)
+
+    def expand(self, x: np.ndarray, samples: int) -> np.ndarray:
+        return np.broadcast_to(x, (samples, *x.shape[1:]))
+
+    def _read(self, source: Any) -> Any:
+        if isinstance(source, str) and source.rpartition(".")[0].rpartition(".")[2] in CACHES:
+            return self.caches[".".join(source.split(".")[-2:])][: self.lanes]  # one memory, whatever its name
+        return super()._read(source)
+
+    def run_stage(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        stage = self.decoder.stages[call.stage]
+        given = {k: _memory(stage, k, x) for k, x in inputs.items()}
+        if call.stage != self.model_name:
+            made = {k: stage.empty(k, given) for k in stage.outputs}
+            stage.bind(given, made).run()
+            return {k: _stored(t) for k, t in made.items()}
+        made = {k: given[k] if k in self.cached else stage.empty(k, given) for k in stage.outputs}
+        if call.stage not in self.one_sample or self.lanes == 1:
+            stage.bind(given, made).run()
+        else:
+            self._lane_by_lane(call, stage, given, made)
+        return {k: _stored(t) for k, t in made.items() if k not in self.cached}
+
+    def _lane_by_lane(self, call: Any, stage: StageSession, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+        """Each sample through its own lane of the caches. Rows of padding after a prompt are not fed, and a prompt that
+        an earlier lane holds is copied from there."""
+        prompt = "prompt.text" in call.sources("text") and self.info["flow"].get("compact")
+        held: dict[bytes, int] = {}
+        for b in range(given["past"].shape[0]):
+            own = {k: t[b : b + 1] for k, t in given.items()}
+            out = {k: t[b : b + 1] for k, t in made.items()}
+            if prompt:
+                rows = int(self.samples.end[b])
+                key = self.samples.ids[b, :rows].tobytes()
+                if (first := held.setdefault(key, b)) != b and stage.device == "cpu":
+                    for t in self.caches.values():
+                        t.owner[b, :, :rows] = t.owner[first, :, :rows]
+                    continue
+                own["text"] = Tensor((1, rows, own["text"].shape[2]), *_place(own["text"]))
+                out["hidden"] = stage.empty("hidden", own)
+            stage.bind(own, out).run()
+
+
+def _place(t: Tensor) -> tuple[str, int, str, Any]:
+    return t.dtype, t.pointer, t.device, t.owner
+
+
+def _memory(stage: StageSession, name: str, x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else Tensor.of(x, stage.inputs[name]["dtype"], stage.device)
+
+
+def _stored(t: Tensor) -> np.ndarray:
+    return t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
+
+
+def paint(
+    decoder: Decoder,
+    facts: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    noise: np.ndarray,
+    plan: FlowPlan | None = None,
+    trajectory: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Painting:
+    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, all together.
+
+    `progress` is told how many evaluations are done, and of how many. Raises EngineError for a wrong prompt or noise.
+    """
+    info, latents = facts["info"], tuple(facts["info"]["flow"]["latents"])
+    if noise.shape != (len(prompts), *latents) or noise.dtype != np.float32:
+        raise EngineError(
+            f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"
+        )
+    try:
+        samples, plan = lay_out(prompts, info), plan_of(plan, info)
+    except ValueError as e:
+        raise EngineError(str(e)) from e
+    kept: list[np.ndarray] = []
+
+    def after(trip: int, z: np.ndarray) -> None:
+        if trajectory:
+            kept.append(z)
+        if progress:
+            progress(trip + 1, plan.evaluations)
+
+    painter = EnginePainter(decoder, facts, samples, plan, after)
+    made = painter.paint(noise)
+    pixels = painter.values.get("image")
+    if pixels is not None:
+        pixels = from_bits(pixels, facts["stages"]["decode_image"]["outputs"]["image"]["dtype"])
+    return Painting(made, pixels, plan, kept if trajectory else None)

@@ -1,4 +1,4 @@
-"""The command line: mmopt inspect | optimize | export | run | prefix | verify | bench.
+"""The command line: mmopt inspect | optimize | export | run | paint | prefix | verify | bench.
 
 Exit codes: 0 all is well, 1 a check did not hold, 2 wrong use or bad input.
 """
@@ -277,6 +277,39 @@ def run(
     for piece in cast(Iterator[str], loaded.generate(prompt, stream=True, **options)):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def paint(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    out: Annotated[Path, typer.Argument(help="The picture to write (.png); several get numbers.")],
+    n: Annotated[int, typer.Option("-n", help="How many pictures.", min=1)] = 1,
+    steps: Annotated[Optional[int], typer.Option(help="Evaluations of the model. [default: 10]", min=1)] = None,
+    guidance: Annotated[Optional[float], typer.Option(help="Weight of the prompt. [default: the model's]")] = None,
+    solver: Annotated[
+        Optional[str], typer.Option(help="euler, midpoint, heun, ab2, ... or fitted. [default: fitted, else ab2]")
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of the noise.")] = None,
+    provider: Annotated[Optional[str], typer.Option(help="cpu, cuda or tensorrt.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Paint pictures of a text with an exported engine."""
+    from mmopt.engine import Engine
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"{out}: expected the name of a picture: .png, .jpg or .webp")
+    with progress("loading"):
+        loaded = Engine(engine, provider=provider, threads=threads)
+    made = loaded.paint([prompt] * n, steps, guidance, seed, solver, progress=errors.is_terminal)
+    files = [out] if n == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, n + 1)]
+    for file, image in zip(files, made.images(), strict=True):
+        temporary = file.with_stem(f".{file.stem}.partial")
+        image.save(temporary)
+        temporary.rename(file)
+    facts = {"files": [str(f) for f in files], "plan": made.plan.name, "passes": made.plan.passes}
+    show(facts, f"wrote {', '.join(map(str, files))} ({made.plan.name}, {made.plan.passes} passes)", as_json)
 
 
 @app.command()

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmopt import beams
 from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
+from mmopt.engine_painting import Painting, draw_noise, paint, shown
+from mmopt.painting import choose_plan
 from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, TextProcessor
 from mmopt.sampling import Answer, Completion, Request
+from mmopt.solvers import FlowPlan
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
 from mmopt.store import Store
 from mmopt.tiling import processor_of
 from mmopt.view import Image
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 __all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Run", "Stream", "available_providers"]
 
@@ -58,6 +64,7 @@ class Engine:
             self.image_processor = processor_of(processing["image"])
             self.template = ChatTemplate.from_json(processing["chat"])
         self._text = self._read_tokenizer(processing.get("tokenizer"))
+        self.facts = facts
         self.decoder = Decoder(self.directory, facts, self.provider, self.threads)
         self.fingerprint, self.store = fingerprint(facts), Store(keep_bytes)
 
@@ -112,6 +119,61 @@ class Engine:
     def chat(self) -> Chat:
         """A conversation: each image is encoded once, and earlier turns stay in the cache."""
         return Chat(self)
+
+    def generate_image(
+        self,
+        prompt: str | Sequence[int],
+        n: int = 1,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        solver: str | FlowPlan | None = None,
+        noise: np.ndarray | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> list[PIL.Image.Image]:
+        """Paint `n` pictures of a text, or of ids that end with the token which stands for the picture.
+
+        steps: evaluations of the model (by default `mmopt.painting.STEPS`); guidance: weight of the prompt (by default
+        the model's). solver: one of `mmopt.solvers.SOLVERS`, "fitted" or a plan; by default the plan that was fitted
+        for so many steps and this guidance where the engine has one, else AB2. seed: of the noise; noise: instead of
+        it, ``[n, c, h, w]`` float32. progress: True shows a bar, a function is told (done, of how many).
+        """
+        return self.paint([prompt] * n, steps, guidance, seed, solver, noise, progress).images()
+
+    def paint(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        solver: str | FlowPlan | None = None,
+        noise: np.ndarray | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+        trajectory: bool = False,
+    ) -> Painting:
+        """One picture for each prompt, ``info["batch"]`` at once; what is painted beside it does not change a picture.
+
+        See `generate_image`; the result holds latents and pixels as numbers. `trajectory` keeps the latents after each
+        evaluation.
+        """
+        if not self.facts.get("painting"):
+            raise EngineError(f"{self.directory}: {self.info['family']} paints no images")
+        if not len(prompts):
+            raise EngineError("no prompt was given")
+        with _engine_errors():
+            ids = [self._painting_ids(p) for p in prompts]
+            plan = choose_plan(solver, steps, guidance, self.info)
+        if noise is None:
+            noise = draw_noise(len(ids), self.info, seed)
+        with shown(progress, plan.evaluations * -(-len(ids) // self.info["batch"])) as tell:
+            return paint(self.decoder, self.facts, ids, noise, plan, trajectory, tell)
+
+    def _painting_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of a prompt with one more, whose place the picture takes."""
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        ids = self.text.encode(self.template.render([{"role": "user", "content": prompt}], painting=True))
+        return [*ids, ids[0]]
 
     def prefix(self, prompt: str | Sequence[int], images: Sequence[Any] = ()) -> Prefix:
         """Read the beginning of prompts once: few-shot examples, say, with their images.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,29 @@ def _stored(t: Tensor) -> np.ndarray:
     return t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
 
 
+def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
+    """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream."""
+    seeds = np.random.SeedSequence(seed).spawn(images)
+    shape = info["flow"]["latents"]
+    return np.stack([np.random.default_rng(s).standard_normal(shape, np.float32) for s in seeds])
+
+
+@contextmanager
+def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr for True, else the given function or nothing."""
+    if progress is not True:
+        yield progress or None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError as e:
+        raise EngineError("a progress bar needs rich: pip install 'mmopt[cli]', or give a function") from e
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("painting", total=total)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
 def paint(
     decoder: Decoder,
     facts: dict[str, Any],
@@ -127,7 +151,7 @@ def paint(
     trajectory: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Painting:
-    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, all together.
+    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info["batch"]`` at once.
 
     `progress` is told how many evaluations are done, and of how many. Raises EngineError for a wrong prompt or noise.
     """
@@ -137,20 +161,30 @@ def paint(
             f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"
         )
     try:
-        samples, plan = lay_out(prompts, info), plan_of(plan, info)
+        lay_out(prompts, info)
     except ValueError as e:
         raise EngineError(str(e)) from e
-    kept: list[np.ndarray] = []
+    plan, size = plan_of(plan, info), info["batch"]
+    groups = range(0, len(prompts), size)
+    kept: list[list[np.ndarray]] = [[] for _ in groups]
+    latents_made, pixels_made = [], []
+    for i, first in enumerate(groups):
+        part = slice(first, first + size)
 
-    def after(trip: int, z: np.ndarray) -> None:
-        if trajectory:
-            kept.append(z)
-        if progress:
-            progress(trip + 1, plan.evaluations)
+        def after(trip: int, z: np.ndarray, i: int = i) -> None:
+            if trajectory:
+                kept[i].append(z)
+            if progress:
+                progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-    painter = EnginePainter(decoder, facts, samples, plan, after)
-    made = painter.paint(noise)
-    pixels = painter.values.get("image")
-    if pixels is not None:
-        pixels = from_bits(pixels, facts["stages"]["decode_image"]["outputs"]["image"]["dtype"])
-    return Painting(made, pixels, plan, kept if trajectory else None)
+        painter = EnginePainter(decoder, facts, lay_out(prompts[part], info), plan, after)
+        latents_made.append(painter.paint(noise[part]))
+        if "image" in painter.values:
+            dtype = facts["stages"]["decode_image"]["outputs"]["image"]["dtype"]
+            pixels_made.append(from_bits(painter.values["image"], dtype))
+    return Painting(
+        np.concatenate(latents_made),
+        np.concatenate(pixels_made) if pixels_made else None,
+        plan,
+        [np.concatenate(z) for z in zip(*kept, strict=True)] if trajectory else None,
+    )

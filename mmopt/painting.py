@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mmopt.program import Program
 
 
+STEPS = 10  # evaluations by default: AB2 or a fitted plan
+
+
 @dataclass
 class Samples:
     """Where the rows of each sample stand. ids ``[2 G, p]``, seen ``[2 G, capacity]``, all else ``[2 G]``.
@@ -137,6 +140,9 @@ class Painter:
         free = [k for k, shape in self.inputs[call.stage].items() if str(shape[0]) == "B"]
         samples = max((inputs[k].shape[0] for k in free), default=1)
         for k in free:
+            shape = self.inputs[call.stage][k]
+            if len(shape) > 1 and isinstance(shape[1], int) and inputs[k].shape[1] > shape[1]:
+                inputs[k] = inputs[k][:, -shape[1] :]  # of rows that were read before the image nobody asks
             if inputs[k].shape[0] != samples:
                 inputs[k] = self.expand(inputs[k], samples)
         for name, value in self.run_stage(call, inputs).items():
@@ -158,6 +164,31 @@ class Painter:
 def plan_of(plan: FlowPlan | None, info: dict[str, Any]) -> FlowPlan:
     """The plan, by default the reference's."""
     return plan or make_plan("euler", info["flow"]["steps"], guidance=info["flow"]["guidance"])
+
+
+def choose_plan(
+    solver: str | FlowPlan | None, steps: int | None, guidance: float | None, info: dict[str, Any]
+) -> FlowPlan:
+    """A plan by the name of its solver, or the one to take by default: see `Engine.generate_image`.
+
+    Raises ValueError for an unknown solver, for a plan together with steps or guidance, and if "fitted" is asked for and
+    the program holds no plan that was fitted for so many steps and this guidance.
+    """
+    if isinstance(solver, FlowPlan):
+        if steps is not None or guidance is not None:
+            raise ValueError("a plan says its own steps and guidance: give either a plan or these")
+        return solver
+    count = STEPS if steps is None else steps
+    weight = info["flow"]["guidance"] if guidance is None else guidance
+    if solver in (None, "fitted"):
+        held = [FlowPlan.from_json(p["plan"]) for p in info["flow"].get("plans", ())]
+        for plan in held:
+            if plan.evaluations == count and plan.guidance == weight:
+                return plan
+        if solver == "fitted":
+            there = ", ".join(f"{p.evaluations} steps at guidance {p.guidance:g}" for p in held) or "none"
+            raise ValueError(f"no plan was fitted for {count} steps at guidance {weight:g}; there is {there}")
+    return make_plan(solver or "ab2", count, guidance=weight)
 
 
 def paint(program: Program, prompts: list[list[int]], noise: Tensor, plan: Any = None, observe: Any = None) -> dict:

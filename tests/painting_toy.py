@@ -1,0 +1,135 @@
+"""A small model that answers and paints: every part of a painting family, in as few lines as it takes."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from mmopt import ops
+from mmopt.checkpoint import Model
+from mmopt.family import Family, Flow, StageSpec, TensorSpec
+from mmopt.tracing import trace
+
+WIDTH, HEADS, VOCAB, GRID = 32, 4, 40, 4
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.q, self.k = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.v, self.o, self.mlp = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, angles, attend):
+        y = self.norm(x)
+        q, k = (ops.rotary(p(y), angles.cos(), angles.sin(), HEADS) for p in (self.q, self.k))
+        x = x + self.o(attend(q, k, self.v(y)))
+        return x + self.mlp(torch.nn.functional.gelu(x))
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.time, self.mix = nn.Linear(2, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.down, self.block = nn.Conv2d(2, WIDTH, 2, 2), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+        self.up = nn.Linear(2 * WIDTH, 8)
+        self.pixels = nn.Conv2d(2, 3, 1)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def forward(self, visual, text, past, offset, seen, key_cache: list[Tensor], value_cache: list[Tensor]):
+        x = torch.cat([visual, text], dim=1)
+        positions = (past[:, None] + offset[:, None] + torch.arange(x.shape[1])).clamp(min=0)
+        angles = positions[..., None] / 10.0 ** torch.arange(WIDTH // HEADS // 2)
+        keys, values = list(key_cache), list(value_cache)
+        for i, layer in enumerate(self.root.layers):
+
+            def attend(q, k, v, i=i):
+                out, keys[i], values[i] = ops.cached_attention(
+                    q, k, v, keys[i], values[i], past, HEADS, HEADS, None, None, seen
+                )
+                return out
+
+            x = layer(x, angles, attend)
+        return self.root.norm(x), past + x.shape[1], keys, values
+
+
+class Part(nn.Module):
+    def __init__(self, root, run):
+        super().__init__()
+        self.root, self.run = root, run
+
+    def forward(self, *args):
+        return self.run(self.root, *args)
+
+
+def flow_encode(m, latents, time_row):
+    x = m.down(latents)
+    scale, shift = m.mix(torch.nn.functional.silu(time_row[:, 0])).chunk(2, 1)
+    x = m.block(x) * (1 + scale[..., None, None]) + shift[..., None, None]
+    return x, x.flatten(2).transpose(1, 2)
+
+
+def flow_decode(m, hidden, skip, time_row):
+    rows = torch.cat([hidden, skip.flatten(2).transpose(1, 2)], 2)
+    out = m.up(rows) * (1 + m.mix(time_row)[:, :, :8])
+    return torch.nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(out.shape[0], 8, GRID, GRID), 2)
+
+
+def stages(m, capacity):
+    f, i = torch.float32, torch.int64
+    cache = [TensorSpec(("B", HEADS, capacity, WIDTH // HEADS), f)] * 2
+    rows = {n: TensorSpec(("B", s, WIDTH), f) for n, s in (("visual", "nv"), ("text", "nt"))}
+    ints = {n: TensorSpec(("B",), i) for n in ("past", "offset")}
+    latents, row = TensorSpec(("B", 2, 2 * GRID, 2 * GRID), f), TensorSpec(("B", 1, WIDTH), f)
+    grid, hidden = TensorSpec(("B", WIDTH, GRID, GRID), f), TensorSpec(("B", "n", WIDTH), f)
+    image = TensorSpec(("B", GRID * GRID, WIDTH), f)
+    return {
+        "encode_vision": StageSpec(
+            Part(m, lambda m, x: m.patches(x).flatten(2).transpose(1, 2)),
+            {"pixel_values": TensorSpec(("N", 3, 8, 8), f)}, ["image_rows"],
+        ),
+        "embed": StageSpec(Part(m, lambda m, x: m.embed_tokens(x)), {"ids": TensorSpec(("B", "nt"), i)}, ["text"]),
+        "language_model": StageSpec(
+            LanguageModel(m),
+            {**rows, **ints, "seen": TensorSpec(("B", capacity), torch.bool), "key_cache": cache, "value_cache": cache},
+            ["hidden", "past", "key_cache", "value_cache"],
+        ),
+        "head": StageSpec(Part(m, lambda m, x: m.head(x)), {"hidden": hidden}, ["logits"]),
+        "flow_time": StageSpec(
+            Part(m, lambda m, t: m.time(torch.cat([(t[:, None] / 1000).cos(), (t[:, None] / 1000).sin()], 1))[:, None]),
+            {"time": TensorSpec(("B",), f)}, ["time_row"],
+        ),
+        "flow_encode": StageSpec(Part(m, flow_encode), {"latents": latents, "time_row": row}, ["skip", "tokens"]),
+        "flow_decode": StageSpec(
+            Part(m, flow_decode), {"hidden": image, "skip": grid, "time_row": row}, ["velocity"]
+        ),
+        "decode_image": StageSpec(Part(m, lambda m, z: m.pixels(z)), {"latents": latents}, ["image"]),
+    }  # fmt: skip
+
+
+CONFIG = SimpleNamespace(
+    max_position_embeddings=64, eos_token_id=2, bos_token_id=1, vocab_size=VOCAB, hidden_size=WIDTH,
+    num_hidden_layers=2, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, rows_per_image=4,
+)  # fmt: skip
+FAMILY = Family(
+    name="toy", architectures=(), model_types=(), parse_config=lambda raw: CONFIG, build=lambda c: Toy(), stages=stages,
+    derived="$^", check_derived=lambda *a: None, image_id=-200, image_marker="<image>", image_processing=lambda *a: {},
+    chat={}, cases=None, flow=lambda c: Flow((2, 2 * GRID, 2 * GRID), GRID * GRID, 1000.0, 6, 2.0),
+)  # fmt: skip
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model(FAMILY, CONFIG, {}, Toy().eval(), None)
+
+
+def program(batch: int = 2, context: int = 40):
+    return trace(model(), batch, 1, context)

@@ -20,8 +20,8 @@ from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, TextProcessor
 from mmopt.sampling import Answer, Completion, Request
-from mmopt.solvers import FlowPlan
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
+from mmopt.solvers import FlowPlan
 from mmopt.store import Store
 from mmopt.tiling import processor_of
 from mmopt.view import Image

@@ -171,8 +171,8 @@ def choose_plan(
 ) -> FlowPlan:
     """A plan by the name of its solver, or the one to take by default: see `Engine.generate_image`.
 
-    Raises ValueError for an unknown solver, for a plan together with steps or guidance, and if "fitted" is asked for and
-    the program holds no plan that was fitted for so many steps and this guidance.
+    Raises ValueError for an unknown solver, for a plan together with steps or guidance, and if "fitted" is asked for
+    and no plan was fitted for so many steps and this guidance.
     """
     if isinstance(solver, FlowPlan):
         if steps is not None or guidance is not None:

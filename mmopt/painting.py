@@ -116,7 +116,7 @@ class Painter:
             if hasattr(item, "body"):
                 self._steps(item, noise)
             else:
-                self._call(item)
+                self.call(item)
         return self.values["latents"]
 
     def _steps(self, loop: Any, noise: Any) -> None:
@@ -127,7 +127,7 @@ class Painter:
             self.trip = trip
             self.lanes = self.count * (2 if self.plan.guided[self.trip] else 1)
             for call in loop.body:
-                self._call(call)
+                self.call(call)
             made = self.values[velocity]
             cond.append(made[: self.count])
             uncond.append(made[self.count :] if self.plan.guided[self.trip] else None)
@@ -135,7 +135,7 @@ class Painter:
             self.trips(self.trip, self.values[state])
         self.lanes = 2 * self.count
 
-    def _call(self, call: Any) -> None:
+    def call(self, call: Any) -> None:
         inputs = {name: self._read(call.source(name)) for name in self.inputs[call.stage]}
         free = [k for k, shape in self.inputs[call.stage].items() if str(shape[0]) == "B"]
         samples = max((inputs[k].shape[0] for k in free), default=1)
@@ -191,19 +191,11 @@ def choose_plan(
     return make_plan(solver or "ab2", count, guidance=weight)
 
 
-def paint(program: Program, prompts: list[list[int]], noise: Tensor, plan: Any = None, observe: Any = None) -> dict:
-    """See `Program.paint`."""
+def torch_painter(
+    program: Program, samples: Samples, plan: FlowPlan, trips: Any = None, observe: Any = None
+) -> Painter:
+    """A painter that runs the stages of a Program in plain PyTorch."""
     import torch
-
-    if not program.painting:
-        raise ValueError(f"{program.info['family']} paints no images")
-    if not program.has_weights:
-        raise ValueError("this Program has shapes only, no weights: it can be optimized and inspected, not run")
-    shape = (len(prompts), *program.info["flow"]["latents"])
-    if tuple(noise.shape) != shape or noise.dtype != torch.float32:
-        raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}, expected float32 of shape {shape}")
-    plan = plan_of(plan, program.info)
-    trajectory: list[Tensor] = []
 
     class TorchPainter(Painter):
         def run_stage(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -219,15 +211,32 @@ def paint(program: Program, prompts: list[list[int]], noise: Tensor, plan: Any =
             return x.expand(samples, *x.shape[1:])
 
     inputs = {k: {i: n.meta["shape"] for i, n in s.input_nodes().items()} for k, s in program.stages.items()}
-    samples = lay_out(prompts, program.info)
-    painter = TorchPainter(program.painting, inputs, samples, plan, lambda k, latents: trajectory.append(latents))
+    painter = TorchPainter(program.painting, inputs, samples, plan, trips)
     painter.values |= {k: torch.from_numpy(v) for k, v in samples.values().items()}
     painter.values["steps.time"] = torch.tensor(plan.times * program.info["flow"]["time_scale"], dtype=torch.float32)
-    width, dtype = program.info["hidden_size"], program.info["torch_dtype"]
-    painter.values["no_rows"] = torch.zeros(2 * len(prompts), 0, width, dtype=dtype)
+    width, dtype, both = program.info["hidden_size"], program.info["torch_dtype"], len(samples.ids)
+    painter.values["no_rows"] = torch.zeros(both, 0, width, dtype=dtype)
     for k, (size, kind) in program.state.items():
         if k.partition(".")[0] in ("key_cache", "value_cache"):
-            painter.values[k] = torch.zeros(2 * len(prompts), *size[1:], dtype=kind)
+            painter.values[k] = torch.zeros(both, *size[1:], dtype=kind)
+    return painter
+
+
+def paint(program: Program, prompts: list[list[int]], noise: Tensor, plan: Any = None, observe: Any = None) -> dict:
+    """See `Program.paint`."""
+    import torch
+
+    if not program.painting:
+        raise ValueError(f"{program.info['family']} paints no images")
+    if not program.has_weights:
+        raise ValueError("this Program has shapes only, no weights: it can be optimized and inspected, not run")
+    shape = (len(prompts), *program.info["flow"]["latents"])
+    if tuple(noise.shape) != shape or noise.dtype != torch.float32:
+        raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}, expected float32 of shape {shape}")
+    plan = plan_of(plan, program.info)
+    trajectory: list[Tensor] = []
+    samples = lay_out(prompts, program.info)
+    painter = torch_painter(program, samples, plan, lambda k, latents: trajectory.append(latents), observe)
     with torch.inference_mode():
         latents = painter.paint(noise)
     made = {"latents": latents, "trajectory": torch.stack(trajectory)}

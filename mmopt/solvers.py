@@ -5,6 +5,7 @@ Each is written as it is in a textbook, on rows of coefficients in the place of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -362,7 +362,7 @@ def bench(
     checkpoint: CheckpointArgument = None,
     config: ConfigOption = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Needed with --config.")] = False,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 30,
+    rounds: Annotated[Optional[int], typer.Option(help="Interleaved rounds. [default: 30, painting 5]", min=1)] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     context: Annotated[
         Optional[int], typer.Option(help="Cache capacity in rows; half of it is filled. [default: 768 or less]", min=16)
@@ -371,6 +371,10 @@ def bench(
     shots: Annotated[
         Optional[str], typer.Option(help="Time few-shot prompts of so many examples instead, such as 1,4,32.")
     ] = None,
+    paint: Annotated[bool, typer.Option("--paint", help="Time painting instead: one image, end to end.")] = False,
+    prompt_lengths: Annotated[
+        str, typer.Option("--prompt-lengths", help="Ids of the prompts to paint, with commas.")
+    ] = "32,128",
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     ln_post: LnPostOption = False,
@@ -384,18 +388,26 @@ def bench(
     """
     from mmopt.benchmark import bench as measure
     from mmopt.fewshot import bench_fewshot
-    from mmopt.report import bench_plot, bench_text, fewshot_text
+    from mmopt.report import bench_plot, bench_text, fewshot_text, painting_text
 
+    if paint and shots is not None:
+        raise ValueError("--paint and --shots time different things: give one of them")
     if config is not None and not random_weights:
         raise ValueError("--config has no weights: say --random-weights to time it with random ones")
     with progress("measuring") as now:
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more), random=True)
-        if shots is None and model.family.cross is None:
-            result = measure(model, context=context, rounds=rounds, threads=threads, progress=now)
+        if paint:
+            from mmopt.bench_painting import bench_painting
+
+            counts = [int(k) for k in prompt_lengths.split(",")]
+            result = bench_painting(model, counts, rounds=rounds or 5, threads=threads, progress=now)
+            write = painting_text
+        elif shots is None and model.family.cross is None:
+            result = measure(model, context=context, rounds=rounds or 30, threads=threads, progress=now)
             write = bench_text
         else:
             counts = [int(k) for k in (shots or "1,4,32").split(",")]
-            result = bench_fewshot(model, counts, rounds=rounds, threads=threads, progress=now)
+            result = bench_fewshot(model, counts, rounds=rounds or 30, threads=threads, progress=now)
             write = fewshot_text
     if plot is not None:
         bench_plot(result, plot)

@@ -85,6 +85,40 @@ def fewshot_text(result: dict[str, Any]) -> str:
     return file.getvalue()
 
 
+def painting_text(result: dict[str, Any]) -> str:
+    """What `mmopt.bench_painting.bench_painting` returned, for people."""
+    sizes, limits = result["sizes"], result["limits"]
+    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console.print(
+        f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows']} rows an image; "
+        f"{sizes['rounds']} interleaved rounds"
+    )
+    baselines = ("official", "prefix cached")
+    heads = [f"x {b}{what}" for b in baselines for what in ("", ", paired")]
+    times = Table("stage", "variant", "plan", "passes", "min ms", "median", "p75", *heads)
+    rows = result["rows"]
+    for r, after in zip(rows, [*rows[1:], {"stage": None}], strict=True):
+        plan = sizes["plans"].get(r["variant"], sizes["plans"]["official"])
+        found = [result["ratios"][r["stage"]][f"{r['variant']} over {b}"] for b in baselines]
+        ratios = [_ratio(f[k]) for f in found for k in ("minima", "paired_median")]
+        spread = [f"{r[k]:.0f}" for k in ("min_ms", "median_ms", "p75_ms")]
+        cells = [r["stage"], r["variant"], plan["name"], str(plan["passes"]), *spread, *ratios]
+        times.add_row(*cells, end_section=after["stage"] != r["stage"])
+    console.print(times)
+    console.print(
+        f"limits of the machine in the same rounds: {limits['bandwidth_gb_per_s']:.1f} GB/s, "
+        f"{limits['gemm_gflop_per_s']:.0f} GFLOP/s at best"
+    )
+    for length, work in result["work"].items():
+        flops = ", ".join(f"{name} {f / 1e12:.3f} TFLOP" for name, f in work.items())
+        console.print(f"a prompt of {length} ids: {flops}")
+    for note in result["notes"]:
+        console.print(f"- {note}")
+    return file.getvalue()
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 

@@ -1,0 +1,179 @@
+"""bench for painting: the reference's sampler, the exact passes and fewer steps, end to end in the same runtime.
+
+All variants are timed in interleaved rounds of one process: the same prompts and noise, threads and dtype, image included.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmopt.benchmark import device_name
+from mmopt.checkpoint import Model
+from mmopt.contracts import ContractError, difference
+from mmopt.engine import Engine
+from mmopt.engine_painting import draw_noise
+from mmopt.figures import spread
+from mmopt.inspection import inspect
+from mmopt.limits import probes, summary, timed
+from mmopt.painting import choose_plan
+from mmopt.solvers import FlowPlan, make_plan
+
+ENGINES = {
+    "official": "engine of the Program as traced: each step reads the prompt again, both halves of the guidance do all",
+    "prefix cached": "the prompt is read once (split_calls and hoist_invariants alone), all else as official",
+    "exact passes": "engine of the optimized Program: the same steps and, up to rounding, the same image",
+}
+FEWER = {"recommended": 10, "fast": 8}
+NOTES = (
+    "One image of one prompt from given noise, latents and pixels, the decoder of images included. All in ONNX Runtime. "
+    + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
+    "official, prefix cached and exact passes take the reference's Euler steps; recommended and fast are the exact passes "
+    "with fewer evaluations: the plan fitted to the model where there is one, else AB2. Their drift depends on the "
+    "weights: it is measured on trained ones, not here.",
+    "eager: the Program as traced, in plain PyTorch.",
+)  # fmt: skip
+
+
+def bench_painting(
+    model: Model,
+    lengths: Sequence[int] = (32, 128),
+    rounds: int = 5,
+    threads: int = 2,
+    eager: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Time one image of prompts of so many ids each (random or loaded weights, float32, CPU).
+
+    Raises ValueError for a model without weights or one that does not paint, ContractError if variants that must be
+    equal are not.
+    """
+    if not model.has_weights or model.family.flow is None:
+        raise ValueError("expected a model with weights that paints")
+    tell = progress or (lambda now: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as directory:
+            return _Bench(model, sorted(lengths), threads, eager, Path(directory), tell).measure(rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Bench:
+    def __init__(
+        self, model: Model, lengths: list[int], threads: int, eager: bool, directory: Path, tell: Callable[[str], None]
+    ):
+        from mmopt.exporters.onnx import export
+        from mmopt.passes.hoist_invariants import HoistInvariants
+        from mmopt.passes.split_calls import SplitCalls
+        from mmopt.pipeline import optimize
+        from mmopt.tracing import trace
+
+        self.model, self.lengths, self.threads, self.tell = model, lengths, threads, tell
+        tell("tracing")
+        flow = model.family.flow(model.config)  # type: ignore[misc]
+        plain = trace(model, batch=1, images=1, context=lengths[-1] + flow.rows)
+        tell("optimizing")
+        cached = optimize(plain, [SplitCalls(), HoistInvariants()], check=False).program
+        self.programs = dict(zip(ENGINES, (plain, cached, optimize(plain, check=False).program), strict=True))
+        engines: dict[str, Engine] = {}
+        for name, program in self.programs.items():
+            tell(f"exporting, {name}")
+            path = export(program, directory / name.replace(" ", "-"), check=False)
+            engines[name] = Engine(path, provider="cpu", threads=threads)
+        self.info, random = plain.info, np.random.default_rng(0)
+        noise = draw_noise(1, self.info, 0)
+        euler = make_plan("euler", flow.steps, guidance=flow.guidance)
+        self.plans: dict[str, FlowPlan] = dict.fromkeys(ENGINES, euler)
+        fitted = self.programs["exact passes"].info
+        self.plans |= {name: choose_plan(None, steps, flow.guidance, fitted) for name, steps in FEWER.items()}
+        self.calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        self.agreement: dict[str, dict[str, float]] = {}
+        for length in lengths:
+            prompt = random.integers(3, self.info["vocab_size"], length).tolist()
+            stage, made = f"image, prompt of {length} ids", {}
+            for name, plan in self.plans.items():
+                tell(f"{stage}: {name}")
+                engine = engines.get(name, engines["exact passes"])
+                call = partial(engine.paint, [prompt], solver=plan, noise=noise)
+                self.calls[stage, name] = call
+                made[name] = call().latents
+            if eager:
+                tell(f"{stage}: eager")
+                call = partial(plain.paint, [prompt], torch.from_numpy(noise), euler)
+                self.calls[stage, "eager"] = call
+                made["eager"] = call()["latents"].numpy()
+            self.compare(stage, made)
+
+    def compare(self, stage: str, made: dict[str, np.ndarray]) -> None:
+        """What paints something else must not be timed."""
+        expected = torch.from_numpy(made["official"])
+        for name, latents in made.items():
+            found = torch.from_numpy(latents)
+            self.agreement.setdefault(stage, {})[name] = float((found - expected).abs().max())
+            if name not in FEWER and (wrong := difference(expected, found)):
+                raise ContractError(
+                    f"{stage}: {name} differs from official by {wrong[0]:.3g}", self.programs["official"]
+                )
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        cpu = torch.device("cpu")
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
+        stages = list(dict.fromkeys(s for s, _ in self.calls))
+        limits: dict[str, list[float]] = {}
+        limit_calls = probes(cpu, self.info["torch_dtype"], 512 << 20, self.threads)
+        for r in range(rounds):
+            self.tell(f"round {r + 1} of {rounds}")
+            for name, (amount, call) in limit_calls.items():
+                limits.setdefault(name, []).append(amount / min(timed(call, cpu, 1)) / 1e9)
+            for stage in stages:
+                names = [n for s, n in self.calls if s == stage]
+                for name in names[r % len(names) :] + names[: r % len(names)]:
+                    times[stage, name] += timed(self.calls[stage, name], cpu, 1)
+        return {
+            "kind": "painting",
+            "device": device_name(cpu),
+            "threads": self.threads,
+            "dtype": self.info["dtype"],
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
+            "sizes": {
+                "family": self.info["family"],
+                "parameters": sum(p.numel() for p in self.model.module.parameters()),
+                "rows": self.info["flow"]["rows"],
+                "rounds": rounds,
+                "plans": {k: {"name": p.name, "passes": p.passes} for k, p in self.plans.items()},
+            },
+            "rows": [{"stage": s, "variant": n, **spread(t)} for (s, n), t in times.items()],
+            "ratios": self.ratios(times),
+            "limits": summary(limits) | {f"{k}, median": statistics.median(v) for k, v in limits.items()},
+            "work": {str(n): self.work(n) for n in self.lengths},
+            "agreement": self.agreement,
+            "notes": list(NOTES),
+        }
+
+    def ratios(self, times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, dict[str, float]]]:
+        """How many times faster than two baselines: of the minima, and the median of the rounds' own ratios."""
+        made: dict[str, dict[str, dict[str, float]]] = {}
+        for (stage, name), own in times.items():
+            for baseline in ("official", "prefix cached"):
+                paired = [a / b for a, b in zip(times[stage, baseline], own, strict=True)]
+                found = {"minima": min(times[stage, baseline]) / min(own), "paired_median": statistics.median(paired)}
+                found |= {"paired_min": min(paired), "paired_max": max(paired)}
+                made.setdefault(stage, {})[f"{name} over {baseline}"] = found
+        return made
+
+    def work(self, length: int) -> dict[str, float]:
+        """FLOPs of one image by the reference's steps."""
+        return {
+            k: inspect(p, images=1, prompt_length=length)["totals"]["image_flops"] for k, p in self.programs.items()
+        }

@@ -1,6 +1,7 @@
 """bench for painting: the reference's sampler, the exact passes and fewer steps, end to end in the same runtime.
 
-All variants are timed in interleaved rounds of one process: the same prompts and noise, threads and dtype, image included.
+All variants are timed in interleaved rounds of one process, on the same prompts and noise, with the same threads and
+dtype; the decoder of images is included.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ ENGINES = {
 }
 FEWER = {"recommended": 10, "fast": 8}
 NOTES = (
-    "One image of one prompt from given noise, latents and pixels, the decoder of images included. All in ONNX Runtime. "
-    + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
-    "official, prefix cached and exact passes take the reference's Euler steps; recommended and fast are the exact passes "
+    "One image of one prompt from given noise, decoded to pixels. All in ONNX Runtime. " + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
+    "official, prefix cached and exact passes take the reference's Euler steps; recommended and fast are exact passes "
     "with fewer evaluations: the plan fitted to the model where there is one, else AB2. Their drift depends on the "
     "weights: it is measured on trained ones, not here.",
     "eager: the Program as traced, in plain PyTorch.",
@@ -110,9 +110,9 @@ class _Bench:
                 made[name] = call().latents
             if eager:
                 tell(f"{stage}: eager")
-                call = partial(plain.paint, [prompt], torch.from_numpy(noise), euler)
-                self.calls[stage, "eager"] = call
-                made["eager"] = call()["latents"].numpy()
+                again = partial(plain.paint, [prompt], torch.from_numpy(noise), euler)
+                self.calls[stage, "eager"] = again
+                made["eager"] = again()["latents"].numpy()
             self.compare(stage, made)
 
     def compare(self, stage: str, made: dict[str, np.ndarray]) -> None:

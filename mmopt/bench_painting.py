@@ -36,7 +36,8 @@ ENGINES = {
 }
 FEWER = {"recommended": 10, "fast": 8}
 NOTES = (
-    "One image of one prompt from given noise, decoded to pixels. All in ONNX Runtime. " + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
+    "One image of one prompt from given noise, decoded to pixels. All in ONNX Runtime. "
+    + "; ".join(f"{k}: {v}" for k, v in ENGINES.items()) + ".",
     "official, prefix cached and exact passes take the reference's Euler steps; recommended and fast are exact passes "
     "with fewer evaluations: the plan fitted to the model where there is one, else AB2. Their drift depends on the "
     "weights: it is measured on trained ones, not here.",

@@ -24,10 +24,11 @@ from mmopt.contracts import ContractError, difference
 from mmopt.engine import Engine
 from mmopt.engine_painting import draw_noise
 from mmopt.figures import spread
+from mmopt.flow_plan import FlowPlan
 from mmopt.inspection import inspect
 from mmopt.limits import probes, summary, timed
 from mmopt.painting import choose_plan
-from mmopt.solvers import FlowPlan, make_plan
+from mmopt.solvers import make_plan
 
 ENGINES = {
     "official": "engine of the Program as traced: each step reads the prompt again, both halves of the guidance do all",

@@ -15,13 +15,13 @@ from mmopt import beams
 from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
 from mmopt.engine_painting import Painting, draw_noise, paint, shown
+from mmopt.flow_plan import FlowPlan
 from mmopt.painting import choose_plan
 from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, TextProcessor
 from mmopt.sampling import Answer, Completion, Request
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
-from mmopt.solvers import FlowPlan
 from mmopt.store import Store
 from mmopt.tiling import processor_of
 from mmopt.view import Image

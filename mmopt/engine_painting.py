@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmopt.decoding import Decoder
+from mmopt.flow_plan import FlowPlan
 from mmopt.painting import Painter, Samples, lay_out, plan_of
 from mmopt.schedule import from_json
 from mmopt.session import EngineError, StageSession, Tensor, from_bits
-from mmopt.solvers import FlowPlan
 
 if TYPE_CHECKING:
     from PIL.Image import Image

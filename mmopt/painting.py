@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmopt.solvers import FlowPlan, make_plan
+from mmopt.flow_plan import FlowPlan
+from mmopt.solvers import make_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +163,9 @@ class Painter:
 
 
 def plan_of(plan: FlowPlan | None, info: dict[str, Any]) -> FlowPlan:
-    """The plan, by default the reference's."""
+    """The plan, by default that of the program, else the reference's."""
+    if plan is None and "plan" in info["flow"]:
+        return FlowPlan.from_json(info["flow"]["plan"])
     return plan or make_plan("euler", info["flow"]["steps"], guidance=info["flow"]["guidance"])
 
 
@@ -178,10 +181,12 @@ def choose_plan(
         if steps is not None or guidance is not None:
             raise ValueError("a plan says its own steps and guidance: give either a plan or these")
         return solver
+    if solver is None and steps is None and guidance is None and "plan" in info["flow"]:
+        return FlowPlan.from_json(info["flow"]["plan"])
     count = STEPS if steps is None else steps
     weight = info["flow"]["guidance"] if guidance is None else guidance
     if solver in (None, "fitted"):
-        held = [FlowPlan.from_json(p["plan"]) for p in info["flow"].get("plans", ())]
+        held = [FlowPlan.from_json(p) for p in info["flow"].get("plans", ())]
         for plan in held:
             if plan.evaluations == count and plan.guidance == weight:
                 return plan

@@ -87,6 +87,8 @@ def optimize(
             if found is not None and p.contract == "exact":
                 raise ContractError(f"pass {p.name} promised to be exact: {found}", result.program)
             report.checked = "checked" if found is None else f"drift: {found}"
+            if p.contract == "approximate":
+                report.checked = f"drift: {p.drift(result.program, made) or found or 'none found'}"
         result = Result(made, [*result.reports, report])
         for tell in observers:
             tell(p.name, report)

@@ -61,6 +61,10 @@ class Pass:
                 made.stages[name] = stage.replaced(graph)
         return made
 
+    def drift(self, before: Program, after: Program) -> str | None:
+        """How far an approximate pass is from the Program before it, in words; None if outputs can be compared."""
+        return None
+
     def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
         """Return a new graph, or the same one if nothing applies (and say why in the report)."""
         raise NotImplementedError

@@ -7,8 +7,9 @@ import painting_toy as toy
 import pytest
 import torch
 
+from mmopt.flow_plan import solve
 from mmopt.pipeline import optimize
-from mmopt.solvers import make_plan, solve
+from mmopt.solvers import make_plan
 from mmopt.velocity import ProgramVelocity
 
 PROMPTS = [[1, 5, 6, 7, 3], [1, 9, 3], [1, 4, 4, 3]]

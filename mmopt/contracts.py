@@ -208,13 +208,16 @@ def compare_painting(
         run.paint(prompts, noise, plan, observe)
         values.append(found)
     for (_, _, _, expected), (stage, name, node, value) in zip(*values, strict=True):
-        if wrong := difference(expected, value):
+        if wrong := difference(expected, value, before.info["torch_dtype"]):
             return Difference(stage, name, node, *wrong)
     return None
 
 
-def difference(expected: Tensor, value: Tensor) -> tuple[float, float] | None:
-    """(error, allowed) if two values differ by more than the table allows for their dtype."""
+def difference(expected: Tensor, value: Tensor, made_in: torch.dtype | None = None) -> tuple[float, float] | None:
+    """(error, allowed) if two values differ by more than the table allows for their dtype.
+
+    `made_in`: the dtype of what they were made from, where theirs is a wider one.
+    """
     if expected.shape != value.shape or expected.dtype != value.dtype:
         return float("inf"), 0.0
     if not expected.is_floating_point():
@@ -223,7 +226,7 @@ def difference(expected: Tensor, value: Tensor) -> tuple[float, float] | None:
         return None
     e, v = expected.double(), value.double()
     scale = float(e.square().mean().sqrt()) or 1.0
-    allowed = TOLERANCE[expected.dtype] * scale
+    allowed = TOLERANCE[made_in or expected.dtype] * scale
     error = float((e - v).abs().max())
     mean = float((e - v).abs().mean())
     if not (error <= 10 * allowed and mean <= allowed):  # written so that nan fails

@@ -1,5 +1,6 @@
 """A small model that answers and paints: every part of a painting family, in as few lines as it takes."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +22,8 @@ class Layer(nn.Module):
 
     def forward(self, x, angles, attend):
         y = self.norm(x)
-        q, k = (ops.rotary(p(y), angles.cos(), angles.sin(), HEADS) for p in (self.q, self.k))
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        q, k = (ops.rotary(p(y), cos, sin, HEADS) for p in (self.q, self.k))
         x = x + self.o(attend(q, k, self.v(y)))
         return x + self.mlp(torch.nn.functional.gelu(x))
 
@@ -71,7 +73,7 @@ class Part(nn.Module):
 
 
 def flow_encode(m, latents, time_row):
-    x = m.down(latents)
+    x = m.down(latents.to(time_row.dtype))
     scale, shift = m.mix(torch.nn.functional.silu(time_row[:, 0])).chunk(2, 1)
     x = m.block(x) * (1 + scale[..., None, None]) + shift[..., None, None]
     return x, x.flatten(2).transpose(1, 2)
@@ -80,15 +82,20 @@ def flow_encode(m, latents, time_row):
 def flow_decode(m, hidden, skip, time_row):
     rows = torch.cat([hidden, skip.flatten(2).transpose(1, 2)], 2)
     out = m.up(rows) * (1 + m.mix(time_row)[:, :, :8])
-    return torch.nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(out.shape[0], 8, GRID, GRID), 2)
+    return torch.nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(out.shape[0], 8, GRID, GRID), 2).float()
+
+
+def flow_time(m, time):
+    angle = time[:, None] / 1000
+    return m.time(torch.cat([angle.cos(), angle.sin()], 1).to(m.time.weight.dtype))[:, None]
 
 
 def stages(m, capacity):
-    f, i = torch.float32, torch.int64
+    f, i, full = m.norm.weight.dtype, torch.int64, torch.float32
     cache = [TensorSpec(("B", HEADS, capacity, WIDTH // HEADS), f)] * 2
     rows = {n: TensorSpec(("B", s, WIDTH), f) for n, s in (("visual", "nv"), ("text", "nt"))}
     ints = {n: TensorSpec(("B",), i) for n in ("past", "offset")}
-    latents, row = TensorSpec(("B", 2, 2 * GRID, 2 * GRID), f), TensorSpec(("B", 1, WIDTH), f)
+    latents, row = TensorSpec(("B", 2, 2 * GRID, 2 * GRID), full), TensorSpec(("B", 1, WIDTH), f)
     grid, hidden = TensorSpec(("B", WIDTH, GRID, GRID), f), TensorSpec(("B", "n", WIDTH), f)
     image = TensorSpec(("B", GRID * GRID, WIDTH), f)
     return {
@@ -104,8 +111,7 @@ def stages(m, capacity):
         ),
         "head": StageSpec(Part(m, lambda m, x: m.head(x)), {"hidden": hidden}, ["logits"]),
         "flow_time": StageSpec(
-            Part(m, lambda m, t: m.time(torch.cat([(t[:, None] / 1000).cos(), (t[:, None] / 1000).sin()], 1))[:, None]),
-            {"time": TensorSpec(("B",), f)}, ["time_row"],
+            Part(m, flow_time), {"time": TensorSpec(("B",), full)}, ["time_row"],
         ),
         "flow_encode": StageSpec(Part(m, flow_encode), {"latents": latents, "time_row": row}, ["skip", "tokens"]),
         "flow_decode": StageSpec(
@@ -119,17 +125,25 @@ CONFIG = SimpleNamespace(
     max_position_embeddings=64, eos_token_id=2, bos_token_id=1, vocab_size=VOCAB, hidden_size=WIDTH,
     num_hidden_layers=2, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, rows_per_image=4,
 )  # fmt: skip
+PICTURE = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"}
+CHAT = {"user": "USER: ", "assistant": "ASSISTANT:", "separator": " ", "end": "</s>", "image": "<image>"}
 FAMILY = Family(
     name="toy", architectures=(), model_types=(), parse_config=lambda raw: CONFIG, build=lambda c: Toy(), stages=stages,
-    derived="$^", check_derived=lambda *a: None, image_id=-200, image_marker="<image>", image_processing=lambda *a: {},
-    chat={}, cases=None, flow=lambda c: Flow((2, 2 * GRID, 2 * GRID), GRID * GRID, 1000.0, 6, 2.0),
+    derived="$^", check_derived=lambda *a: None, image_id=-200, image_marker="<image>",
+    image_processing=lambda *a: PICTURE, chat=CHAT, cases=None,
+    flow=lambda c: Flow((2, 2 * GRID, 2 * GRID), GRID * GRID, 1000.0, 6, 2.0),
 )  # fmt: skip
 
 
-def model() -> Model:
+def model(dtype=torch.float32, change=None) -> Model:
+    """`change` gets the module and its stages' specs by name, and may replace some."""
     torch.manual_seed(0)
-    return Model(FAMILY, CONFIG, {}, Toy().eval(), None)
+    module, family = Toy().eval().to(dtype), FAMILY
+    module.pixels.float()
+    if change:
+        family = dataclasses.replace(FAMILY, stages=lambda m, n: (lambda s: change(m, s) or s)(stages(m, n)))
+    return Model(family, CONFIG, {}, module, None)
 
 
-def program(batch: int = 2, context: int = 40):
-    return trace(model(), batch, 1, context)
+def program(batch: int = 2, context: int = 40, dtype=torch.float32, change=None):
+    return trace(model(dtype, change), batch, 1, context)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmopt.among import IGNORE
 from mmopt.beside import tensors
 from mmopt.processing import IMAGE_MODES, ImageProcessor
 from mmopt.program import Call, Program
-from mmopt.recorded import IGNORE, Case
+from mmopt.recorded import Case
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # output name -> (ours, recorded), of equal shape if all is well
 CACHE = re.compile(r"out\.(greedy\.final_)?kv_cache\.(\d+)\.(key|value)")

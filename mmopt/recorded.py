@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmopt.among import read_among
 from mmopt.beside import Sights, read_apart
 from mmopt.family import Cases, Recording
 
-IGNORE = -100  # a label that does not count in the loss
 KNOWN = re.compile(
     r"in\.(input_ids|more_ids|fed_ids|before_ids|attention_mask|seen|labels|pixel_values|images_list\.\d+|image\.\w+"
     r"|\w+_rgb)"
@@ -197,7 +197,7 @@ def read_cases(
                 if (pixels := given.get("in.pixel_values")) is not None:
                     case.pixel_values = pixels.flatten(0, -image_dims - 1)
             elif info is None:
-                _among(case, given, image_id, rows_per_image)
+                read_among(case, given, image_id, rows_per_image)
             else:
                 read_apart(case, given, info, image_dims, layout.tiles)
             cases.append(case)
@@ -223,63 +223,3 @@ def _held(recording: Recording, tensors: dict[str, Tensor]) -> dict[str, str]:
 def _bound(run: Callable, given: dict, outputs: dict, means: dict) -> Callable[[Any], Any]:
     tensors = given | {means[k]: x for k, x in outputs.items()}
     return lambda module: run(module, tensors)
-
-
-def _among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_image: int) -> None:
-    """A case whose images lie among the rows of the text, or one of images alone."""
-    case.pictures = {k[3 : -len("_rgb")]: v for k, v in given.items() if k.endswith("_rgb")}
-    listed = sorted((k for k in given if k.startswith("in.images_list.")), key=lambda k: int(k.rsplit(".", 1)[1]))
-    # What one placeholder stands for: one image, or in a list (or a 5-D tensor) a stack of several.
-    stacks = [given[k] for k in listed]
-    if (pixels := given.get("in.pixel_values")) is not None:
-        if stacks or pixels.dim() not in (4, 5):
-            raise ValueError(
-                f"{case.name}: expected in.pixel_values of 4 or 5 dimensions or in.images_list.*, not both"
-            )
-        stacks = list(pixels) if pixels.dim() == 5 else [x[None] for x in pixels]
-    case.pixel_values = torch.cat(stacks) if stacks else None
-    if "in.input_ids" in given:
-        _expand(case, given, [len(s) for s in stacks], image_id, rows_per_image)
-    elif not stacks and not case.pictures:
-        raise ValueError(f"{case.name}: expected in.input_ids, images or in.*_rgb, found {', '.join(given)}")
-
-
-def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, rows_per_image: int) -> None:
-    """Replace placeholders by image rows. `counts`: images that each slot holds; slots are used in order."""
-    ids, mask, labels = given["in.input_ids"], given.get("in.attention_mask"), given.get("in.labels")
-    for name, x in (("in.attention_mask", mask), ("in.labels", labels)):
-        if x is not None and x.shape != ids.shape:
-            raise ValueError(f"{case.name}: expected {name} of shape {tuple(ids.shape)}, found {tuple(x.shape)}")
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    samples: list[list[tuple[int, int, bool, int]]] = []  # rows of (id, image row, valid, label)
-    slot = 0
-    for b, sample in enumerate(ids.tolist()):
-        rows, prompt = [], []
-        for t, token in enumerate(sample):
-            keep = mask is None or bool(mask[b, t])
-            if token != image_id:
-                rows.append((token, -1, keep, int(labels[b, t]) if labels is not None else IGNORE))
-                prompt += [token] if keep else []
-                continue
-            if slot >= len(counts):
-                raise ValueError(f"{case.name}: sample {b} needs image {slot}, but {len(counts)} were recorded")
-            for image in range(starts[slot], starts[slot] + counts[slot]):
-                rows += [(0, image * rows_per_image + r, keep, IGNORE) for r in range(rows_per_image)]
-                if keep:
-                    prompt.append(image_id)
-                    case.used.append(image)
-            slot += 1
-        if image_id not in sample:
-            slot += 1  # a sample of text alone in a call with images still takes one image, unseen
-        samples.append(rows)
-        case.prompts.append(prompt)
-    length = max(map(len, samples))
-    full = [rows + [(0, -1, False, IGNORE)] * (length - len(rows)) for rows in samples]
-    columns = [torch.tensor(column) for column in zip(*(zip(*rows, strict=True) for rows in full), strict=True)]
-    case.ids, case.image_row, valid, expanded = columns
-    case.valid = valid.bool()
-    case.filler = torch.arange(length) >= torch.tensor([[len(rows)] for rows in samples])
-    case.labels = expanded if labels is not None else None
-    if mask is not None:  # the reference adds the ones of inserted rows on the left end
-        ones = [[1] * (len(rows) - ids.shape[1]) + m for rows, m in zip(samples, mask.tolist(), strict=True)]
-        case.mask = torch.tensor([m + [0] * (length - len(m)) for m in ones], dtype=mask.dtype)

@@ -78,7 +78,7 @@ def judge(pixels: np.ndarray, net: Judge | None = None) -> Verdict:
     net = net or _trained()
     found = [net(normalised(part)) for part in np.array_split(pixels, max(1, len(pixels) // 500))]
     named = [torch.cat([logits[i].argmax(1) for _, logits in found]).numpy() for i in range(len(PARTS))]
-    return Verdict(*named, torch.cat([features for features, _ in found]).numpy())
+    return Verdict(named[0], named[1], named[2], torch.cat([features for features, _ in found]).numpy())
 
 
 def frechet(a: np.ndarray, b: np.ndarray | None = None) -> float:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmopt.passes.split_calls import row_inputs
+
 from mmopt.graph import CACHED_ATTENTION, Builder, rebuild
+from mmopt.loops import paints
 from mmopt.program import Call, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
 
@@ -33,11 +36,8 @@ class DropHiddenRows(Pass):
             ):
                 report.skip(name, "its mask is not one input that attention alone reads")
                 continue
-            calls = [c for c in program.calls() if c.stage == name and mask in c.rename]
-            if len(calls) < 2:
-                report.skip(
-                    name, "rows that are hidden are fed in one call with others, at places that all samples share"
-                )
+            if why := self.why_not(program, name, stage, mask):
+                report.skip(name, why)
                 continue
             made.stages[name] = without(stage, mask)
             made.painting = tuple(self.compact(i, name, mask) for i in made.painting)
@@ -47,6 +47,26 @@ class DropHiddenRows(Pass):
         if not report.rewrites and not report.skipped:
             report.skip("program", "no attention on a cache has a mask")
         return made
+
+    def why_not(self, program: Program, name: str, stage: Stage, mask: str) -> str | None:
+        """None if one call feeds the prompt, others go on from it, and all that is read of its rows are the caches."""
+        calls = [c for c in paints(program) if c.stage == name]
+        ahead = [c for c in calls if c.source("past") == "prompt.begin"]
+        after = [c for c in calls if c.source("past") == "prompt.past"]
+        found = row_inputs(stage)
+        if isinstance(found, str):
+            return found
+        if any(c.source(mask) != "prompt.seen" or c.source("offset") != "prompt.offset" for c in calls):
+            return "its mask or its positions are not those of the prompt"
+        rows = [{*c.sources(found[0]), *c.sources(found[1])} - {"no_rows"} for c in ahead]
+        if len(ahead) != 1 or not after or len(calls) != 1 + len(after) or rows != [{"prompt.text"}]:
+            return "rows that are hidden are fed in one call with others, at places that all samples share"
+        made = {ahead[0].target(o): o for o in stage.outputs if o not in stage.inputs}
+        for c in paints(program):
+            for s in (s for i in program.stages[c.stage].inputs for s in c.sources(i)):
+                if s in made:
+                    return f"{c.stage} reads {made[s]} of the rows of the prompt"
+        return None
 
     def compact(self, item: Call | Loop, stage: str, mask: str) -> Call | Loop:
         """Calls without the mask. Rows after the prompt begin where its seen rows end, and keep their positions."""

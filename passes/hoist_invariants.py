@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, on_part, operand_dims, rebuild, shape_of
+from mmopt.loops import why_not_local
 from mmopt.program import Call, Cat, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
 from mmopt.rows import works_along
@@ -200,25 +201,31 @@ def hoist_steps(program: Program, loop: Loop, report: Report) -> tuple[list[Call
     tables: dict[str, str | Cat] = {}  # value -> the row of a table that it became
     fixed: set[str] = set()
     times = Counter(c.stage for c in program.calls())
-    for call in loop.body:
+    for place, call in enumerate(loop.body):
         stage = program.stages[call.stage]
+        why = why_not_local(program, loop, place)
         rename = {i: tables[s] for i in stage.inputs if isinstance(s := call.source(i), str) and s in tables}
         for i in stage.inputs:
             if isinstance(c := call.source(i), Cat):
                 rename[i] = Cat(c.dim, tuple(str(tables.get(n, n)) for n in c.names))
         call = replace(call, rename=call.rename | rename)
         sources = {s for i in stage.inputs for s in call.sources(i)}
-        if all(s not in written or s in fixed for s in sources) and not any(s.startswith("step.") for s in sources):
+        each = {i for i in stage.inputs if isinstance(s := call.source(i), str) and s.startswith("step.")}
+        same = all(s not in written or s in fixed for s in sources) and not any(s.startswith("step.") for s in sources)
+        table = not same and len(each) == len(stage.inputs) and works_along(stage, 0)
+        if why and (same or table):
+            report.skip(call.stage, why)
+            body.append(call)
+        elif same:
             before.append(call)
             fixed |= {call.target(o) for o in stage.outputs}
             report.did(f"{call.stage}: called once before the loop, which changes nothing of what this call reads")
-        elif all(s.startswith("step.") for s in sources) and works_along(stage, 0):
+        elif table:
             rows = {i: table_of(str(call.source(i))) for i in stage.inputs}
             before.append(Call(call.stage, rows, {o: f"steps.{call.target(o)}" for o in stage.outputs}))  # type: ignore[arg-type]
             tables |= {call.target(o): f"step.{call.target(o)}" for o in stage.outputs}
             report.did(f"{call.stage}: called once for all trips, before the loop; the loop reads a table")
         else:
-            each = {i for i in stage.inputs if all(s.startswith("step.") for s in call.sources(i))}
             split = split_stage(stage, each, call.stage, "steps") if each else None
             if split is None:
                 report.skip(call.stage, "every product in it depends on what the loop changes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmopt.loops import why_not_local
 from mmopt.program import Call, Cat, Loop, Program
 from mmopt.rewriting import Pass, Report
 from mmopt.rows import works_along
@@ -20,7 +21,12 @@ class ShareSamples(Pass):
         return made
 
     def share(self, program: Program, loop: Loop, report: Report) -> Loop:
-        alike = {c.target(o) for c in loop.body for o in program.stages[c.stage].outputs if self.one(program, loop, c)}
+        alike = {
+            c.target(o)
+            for i, c in enumerate(loop.body)
+            for o in program.stages[c.stage].outputs
+            if self.one(program, c) and not why_not_local(program, loop, i)
+        }
         body = list(loop.body)
         for i, call in enumerate(body):
             stage = program.stages[call.stage]
@@ -36,6 +42,9 @@ class ShareSamples(Pass):
             if not works_along(stage, 0):
                 report.skip(call.stage, "it does not work sample by sample")
                 continue
+            if why := why_not_local(program, loop, i, whole=True):
+                report.skip(call.stage, why)
+                continue
             times = len(next(iter(groups)).names)
             body[i] = replace(call, rename={k: v.names[0] if v in groups else v for k, v in call.rename.items()})  # type: ignore[union-attr]
             shared = {call.target(o) for o in stage.outputs}
@@ -50,6 +59,6 @@ class ShareSamples(Pass):
             report.skip("painting", "no call reads the same value for several groups of samples")
         return replace(loop, body=tuple(body))
 
-    def one(self, program: Program, loop: Loop, call: Call) -> bool:
+    def one(self, program: Program, call: Call) -> bool:
         """Whether a call reads nothing but what depends on the trip alone: it then runs on one sample."""
         return all(s.startswith("step.") for n in program.stages[call.stage].inputs for s in call.sources(n))

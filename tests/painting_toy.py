@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmopt import ops
 from mmopt.checkpoint import Model
 from mmopt.family import Family, Flow, StageSpec, TensorSpec
+from mmopt.text import program_text
 from mmopt.tracing import trace
 
 WIDTH, HEADS, VOCAB, GRID = 32, 4, 40, 4
@@ -147,3 +148,20 @@ def model(dtype=torch.float32, change=None) -> Model:
 
 def program(batch: int = 2, context: int = 40, dtype=torch.float32, change=None):
     return trace(model(dtype, change), batch, 1, context)
+
+
+def repaint(program, change=None, after=()):
+    """The program with another loop (`change` gets the calls of its body) and with calls `after` it."""
+    made = program.copy()
+    place = next(i for i, item in enumerate(made.painting) if hasattr(item, "body"))
+    loop = made.painting[place]
+    if change:
+        loop = dataclasses.replace(loop, body=tuple(change(list(loop.body))))
+    made.painting = (*made.painting[:place], loop, *made.painting[place + 1 :], *after)
+    return made
+
+
+def painting_text(program) -> str:
+    """The painting schedule alone."""
+    text = program_text(dataclasses.replace(program, stages={}))
+    return text[text.index("painting:") :].rstrip()

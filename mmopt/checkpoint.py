@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmopt.family import Family, families, family_of
-from mmopt.files import Assembled, CheckpointError, Weights, read_json, read_weights
+from mmopt.files import Assembled, CheckpointError, Weights, place, read_json, read_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,9 +77,9 @@ def load(
     """
     arguments = {"path": path, "dtype": dtype, "language_model": language_model, "vision": vision, **options}
     found = {
-        name: read_weights(_place(str(place)))
-        for name, place in (("checkpoint", path), ("language_model", language_model), ("vision", vision))
-        if place is not None
+        name: read_weights(place(str(where)))
+        for name, where in (("checkpoint", path), ("language_model", language_model), ("vision", vision))
+        if where is not None
     }
     checkpoint = found["checkpoint"]
     family = family_of(checkpoint.config) if checkpoint.config else _family_by_keys(checkpoint)
@@ -125,14 +125,14 @@ def from_config(
         module = family.build(config)
     generator = torch.Generator().manual_seed(seed)
     made: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
+    for prefix, owner in module.named_modules():
         for key, p in list(owner._parameters.items()):
             if p is None:
                 continue
             if id(p) not in made:
-                value = (
-                    _random(key, p.shape, kind, generator) if random else torch.zeros((), dtype=kind).expand(p.shape)
-                )
+                full = kind == torch.float16 and re.match(family.full_precision or "$^", f"{prefix}.{key}")
+                own = torch.float32 if full else kind
+                value = _random(key, p.shape, own, generator) if random else torch.zeros((), dtype=own).expand(p.shape)
                 made[id(p)] = nn.Parameter(value, requires_grad=False)
             owner._parameters[key] = made[id(p)]
     module.eval()
@@ -172,23 +172,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return kind
 
 
-def _place(name: str) -> Path:
-    """A file or directory; a name that is neither is downloaded from the hub."""
-    if Path(name).exists():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(f"{name}: no such directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "open_clip_*", "checkpoint.pt", "tokenizer.model"]
-    try:
-        directory = Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise CheckpointError(f"{name}: no such directory, and it cannot be had from the hub: {e}") from e
-    return directory
-
-
 def _assign(
     family: Family, config: Any, module: nn.Module, given: Assembled, path: Path, dtype: torch.dtype | None
 ) -> None:
@@ -219,10 +202,15 @@ def _assign(
     if problems:
         shown = "\n  ".join(problems[:200]) + (f"\n  and {len(problems) - 200} more" if len(problems) > 200 else "")
         raise CheckpointError(f"{path}: the weights do not fit config.json:\n  {shown}")
-    if dtype is None and len({v.dtype for v in tensors.values()}) > 1:
-        dtype = torch.float32  # mixed files (norms kept in float32, say): compute in float32, as promotion would
-    if dtype is not None:  # computed buffers (positions, frequencies) stay float32
-        tensors = {k: v.to(dtype) for k, v in tensors.items()}
+    full = {k for k in tensors if family.full_precision is not None and re.match(family.full_precision, k)}
+    for part in (full, set(tensors) - full):
+        kind, stored = dtype, {tensors[k].dtype for k in part}
+        if kind is None and len(stored) > 1:
+            kind = torch.float32  # mixed files (norms kept in float32, say): compute in float32, as promotion would
+        if part is full and torch.float16 in ({kind} if kind else stored):
+            kind = torch.float32
+        if kind is not None:  # computed buffers (positions, frequencies) stay float32
+            tensors |= {k: tensors[k].to(kind) for k in part}
     module.load_state_dict(tensors, strict=False, assign=True)
     if tied:
         module.tie_weights()

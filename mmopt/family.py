@@ -66,13 +66,15 @@ class Recording:
     """One run of a reference implementation, as a file of recorded tensors may hold it.
 
     names: recorded name -> what `mmopt.recorded` calls it; ``*`` is any text, the same on both sides. Taps look for the
-    latter. A file holds this run if it has all of `needs`, or any input if that is empty. run: instead of a prompt, a
-    function of the module and the file's tensors by their new names -> our own values by the same names. alone: from
-    the same a stage that the file has the weights of, and for each value that it makes its inputs (or None).
+    latter. A file holds this run if it has all of `needs`, or any input if that is empty; with `otherwise` only if it
+    holds no other. run: instead of a prompt, a function of the module and the file's tensors by their new names -> our
+    own values by the same names. alone: from the same a stage that the file has the weights of, and for each value that
+    it makes its inputs (or None).
     """
 
     names: dict[str, str]
     needs: tuple[str, ...] = ()
+    otherwise: bool = False
     run: Callable[[Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     alone: Callable[[Any, dict[str, torch.Tensor]], tuple[StageSpec, dict[str, dict]] | None] | None = None
 
@@ -81,9 +83,11 @@ class Recording:
 class Cases:
     """Names of recorded tensors -> the modules whose output (or first input) they are; ``{}`` stands for an index.
 
-    recordings: runs that a file may hold. values: recorded name -> the value of a Program that it is. zeroed: taps that
-    the reference recorded before it zeroed rows that see nothing. tiles: the image input whose ones count the blocks of
-    an image. left_padding: the reference masks left padding rightly. unread: names that no module makes -> why.
+    recordings: runs that a file may hold. values: recorded name -> the value of a Program that it is, or that value and
+    from which of its rows on. zeroed: taps that the reference recorded before it zeroed rows that see nothing. tiles:
+    the image input whose ones count the blocks of an image. left_padding: the reference masks left padding rightly.
+    unread: names that no module makes -> why. about: what a meta.json beside the files says of a case, by its name:
+    "guidance", "steps", "pictures" (picture -> fields of ImageProcessor).
     """
 
     vision_taps: dict[str, str]
@@ -92,11 +96,12 @@ class Cases:
     atol: float
     rtol: float
     recordings: tuple[Recording, ...] = (Recording({"in.*": "in.*", "out.*": "out.*"}),)
-    values: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str | tuple[str, int]] = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
     tiles: str | None = None
     left_padding: bool = False
     unread: dict[str, str] = field(default_factory=dict)
+    about: Callable[[dict[str, Any], str], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,12 @@ class Family:
     image_id: int | Callable[[Any], int]  # or found in the config; `Model.image_id` is the number
     image_marker: str
     image_processing: Callable[[Any, dict], dict]  # config, preprocessor_config.json -> fields of ImageProcessor
-    chat: dict[str, str]  # fields of ChatTemplate
+    chat: dict[str, Any]  # fields of ChatTemplate
     cases: Cases | Callable[[Any], Cases]  # or made for a config
     cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
     flow: Callable[[Any], Flow] | None = None  # None: the family paints no images
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
+    full_precision: str | None = None  # regular expression: keys of weights that are never float16
     weight_key: str | None = None  # regular expression: a key of weights that come without a config.json
     # checkpoint, language model and vision tower as they lie on disk, options of load -> mmopt.files.Assembled
     assemble: Callable[[Any, Any, Any, dict], Any] | None = None

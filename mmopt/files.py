@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,25 @@ def read_json(path: Path) -> dict:
     if not isinstance(read, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(read).__name__}")
     return read
+
+
+HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "open_clip_*", "checkpoint.pt", "tokenizer.model")
+
+
+def place(name: str, wanted: Sequence[str] = HUB_FILES) -> Path:
+    """A file or directory; of a name that is neither, the `wanted` files (patterns) are downloaded from the hub."""
+    if Path(name).exists():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise CheckpointError(f"{name}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, allow_patterns=list(wanted)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        raise CheckpointError(f"{name}: no such directory, and it cannot be had from the hub: {e}") from e
+    return directory
 
 
 def read_weights(path: Path) -> Weights:

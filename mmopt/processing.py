@@ -21,7 +21,7 @@ DOWNLOAD_LIMIT = 64 * 2**20  # bytes
 # A long thin image becomes a huge square (or strip) before the final resize: 2**28 pixels are 0.8 GB of RGB.
 PIXEL_LIMIT = 2**28
 
-IMAGE_MODES = ("resize", "pad", "plain", "squash")
+IMAGE_MODES = ("resize", "pad", "plain", "squash", "fit")
 RESAMPLE_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -132,7 +132,9 @@ class ImageProcessor:
         "pad": paste in the middle of a square whose side is the longer edge, filled with the mean colour.
         "plain": keep the middle square; the rest is cut off.
         "squash": as "resize", but straight to the size of the model.
+        "fit": scale the longer edge to the size of the model, then paste as "pad" does.
     resample: "nearest", "bilinear", "bicubic" or "lanczos".
+    smallest: in mode "fit" the shorter edge becomes no shorter than this.
 
     The arithmetic, with its rounding, is that of CLIPImageProcessor in transformers 4.31.
     """
@@ -142,8 +144,11 @@ class ImageProcessor:
     std: tuple[float, float, float]
     mode: str
     resample: str = "bicubic"
+    smallest: int = 1
 
     def __post_init__(self) -> None:
+        if self.smallest < 1:
+            raise ValueError(f"smallest must be at least 1, not {self.smallest}")
         if self.size < 1:
             raise ValueError(f"size must be at least 1, not {self.size}")
         if len(self.mean) != 3 or len(self.std) != 3:
@@ -170,17 +175,19 @@ class ImageProcessor:
     def _process(self, image: Image.Image) -> np.ndarray:
         resample = RESAMPLE_FILTERS[self.resample]
         longest = max(image.size)
-        if self.mode == "resize":
+        if self.mode == "fit":
+            least = min(self.smallest, self.size)
+            edges = [max(int(edge / longest * self.size), least) for edge in image.size]
+            image = self._paste(image.resize((edges[0], edges[1]), resample), self.size)
+        elif self.mode == "resize":
             self._check_pixels(image, longest, longest)
             image = image.resize((longest, longest), resample)
         elif self.mode == "pad":
             self._check_pixels(image, longest, longest)
-            background = Image.new("RGB", (longest, longest), tuple(int(255 * value) for value in self.mean))
-            background.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-            image = background
-
-        if self.mode == "squash":
+            image = self._paste(image, longest)
+        elif self.mode == "squash":
             image = image.resize((self.size, self.size), resample)
+
         shortest = min(image.size)
         width = int(self.size * image.width / shortest)
         height = int(self.size * image.height / shortest)
@@ -192,6 +199,12 @@ class ImageProcessor:
         values: np.ndarray = (np.asarray(image) * (1 / 255)).astype(np.float32)
         values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return values.transpose(2, 0, 1)
+
+    def _paste(self, image: Image.Image, side: int) -> Image.Image:
+        """The image in the middle of a square of the mean colour."""
+        square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in self.mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
 
     def _check_pixels(self, image: Image.Image, width: int, height: int) -> None:
         if width * height > PIXEL_LIMIT:
@@ -220,7 +233,9 @@ class ChatTemplate:
     user, assistant: what starts the turn of each role, e.g. "USER: " and "ASSISTANT:".
     separator: between a user message and the assistant's turn.
     end: what closes an answer, e.g. "</s>". To become one token id it must be among the marks of the TextProcessor.
-    image: the marker that stands for an image inside a message.
+    image: the marker that stands for an image inside a message; image_end: what follows it.
+    system: in front of a conversation, but not of what is to be painted.
+    strip: space at both ends of a message is left out.
     """
 
     user: str
@@ -228,17 +243,31 @@ class ChatTemplate:
     separator: str
     end: str
     image: str
+    image_end: str = ""
+    system: str = ""
+    strip: bool = False
 
-    def render(self, messages: list[dict], answer: bool = True) -> str:
+    def begin(self, content: str) -> str:
+        """The beginning of a conversation whose first message begins with content."""
+        return self.system + self.user + self._marked(content.lstrip() if self.strip else content)
+
+    def go_on(self, content: str) -> str:
+        """The rest of a user's message, and the start of the answer."""
+        return self._marked(content.rstrip() if self.strip else content) + self.separator + self.assistant
+
+    def _marked(self, content: str) -> str:
+        return content.replace(self.image, self.image + self.image_end) if self.image_end else content
+
+    def render(self, messages: list[dict], answer: bool = True, painting: bool = False) -> str:
         """Return the prompt for messages [{"role": "user" | "assistant", "content": str}, ...].
 
         answer: end with the start of the assistant's turn, so that a model goes on with the answer; the last message
-        must then be the user's.
+        must then be the user's. painting: the prompt of a picture, of what is in the messages alone.
         Raises ValueError if roles do not alternate from "user" on, or a message is not of that form.
         """
         if not messages:
             raise ValueError("expected at least one message, found none")
-        prompt = ""
+        prompt = "" if painting else self.system
         for i, message in enumerate(messages):
             expected = "user" if i % 2 == 0 else "assistant"
             role, content = message.get("role"), message.get("content")
@@ -246,8 +275,10 @@ class ChatTemplate:
                 raise ValueError(f"message {i}: expected the role {expected!r}, found {role!r}")
             if not isinstance(content, str):
                 raise ValueError(f"message {i}: expected text as content, found {type(content).__name__}")
+            if self.strip:
+                content = content.strip()
             if role == "user":
-                prompt += self.user + content + self.separator
+                prompt += self.user + self._marked(content) + self.separator
             else:
                 prompt += self.assistant + " " + content + self.end
         if answer:

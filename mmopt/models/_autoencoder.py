@@ -29,7 +29,10 @@ FIXED = {
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """config.json of diffusers. A latent of the sampler is ``(encoded - shift_factor) * scaling_factor``."""
+    """config.json of diffusers. A latent of the sampler is ``(encoded - shift_factor) * scaling_factor``.
+
+    sample_size: pixels along each side of the images that it was trained on; any other will do.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -40,6 +43,7 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    sample_size: int | None = None
 
     @property
     def factor(self) -> int:
@@ -62,7 +66,7 @@ def parse_autoencoder(raw: dict, where: str = "vae") -> AutoencoderConfig:
     else:
         given["block_out_channels"] = tuple(widths)
     for key, value in list(given.items()):
-        wanted: type = type(getattr(AutoencoderConfig, key))
+        wanted: type = int if key == "sample_size" else type(getattr(AutoencoderConfig, key))
         if wanted is tuple:
             continue
         right = type(value) is wanted or (wanted is float and type(value) is int)

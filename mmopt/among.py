@@ -16,6 +16,11 @@ IGNORE = -100  # a label that does not count in the loss
 def read_among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_image: int) -> None:
     """A case whose images lie among the rows of the text, or one of images alone."""
     case.pictures = {k[3 : -len("_rgb")]: v for k, v in given.items() if k.endswith("_rgb")}
+    for k, v in case.pictures.items():
+        if v.dtype != torch.uint8 or v.dim() != 3 or v.shape[2] != 3:
+            raise ValueError(
+                f"{case.name}: expected {k} to be a picture, uint8 [H, W, 3], found {v.dtype} {tuple(v.shape)}"
+            )
     listed = sorted((k for k in given if k.startswith("in.images_list.")), key=lambda k: int(k.rsplit(".", 1)[1]))
     # What one placeholder stands for: one image, or in a list (or a 5-D tensor) a stack of several.
     stacks = [given[k] for k in listed]

@@ -150,11 +150,12 @@ class Engine:
         noise: np.ndarray | None = None,
         progress: bool | Callable[[int, int], None] = False,
         trajectory: bool = False,
+        observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
     ) -> Painting:
         """One picture for each prompt, ``info["batch"]`` at once; what is painted beside it does not change a picture.
 
         See `generate_image`; the result holds latents and pixels as numbers. `trajectory` keeps the latents after each
-        evaluation.
+        evaluation. `observe` is called after each stage, as that of `Program.paint`.
         """
         if not self.facts.get("painting"):
             raise EngineError(f"{self.directory}: {self.info['family']} paints no images")
@@ -166,7 +167,7 @@ class Engine:
         if noise is None:
             noise = draw_noise(len(ids), self.info, seed)
         with shown(progress, plan.evaluations * -(-len(ids) // self.info["batch"])) as tell:
-            return paint(self.decoder, self.facts, ids, noise, plan, trajectory, tell)
+            return paint(self.decoder, self.facts, ids, noise, plan, trajectory, tell, observe)
 
     def _painting_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt with one more, whose place the picture takes."""
@@ -183,7 +184,7 @@ class Engine:
         (`keep_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
         """
         with _engine_errors("the prefix is neither text nor token ids: "):
-            text = self.template.user + self.with_markers(prompt, images) if isinstance(prompt, str) else None
+            text = self.template.begin(self.with_markers(prompt, images)) if isinstance(prompt, str) else None
             ids = [int(t) for t in prompt] if text is None else self.text.encode(text)
         self._count_images(ids, len(images))
         with _engine_errors():
@@ -352,7 +353,7 @@ class Engine:
         if not isinstance(request.prompt, str):
             with _engine_errors("after a prefix the prompt must be text or token ids: "):
                 return [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        rest = self.with_markers(request.prompt, request.images) + self.template.separator + self.template.assistant
+        rest = self.template.go_on(self.with_markers(request.prompt, request.images))
         with _engine_errors():
             if start.text is not None:
                 whole = self.text.encode(start.text + rest)
@@ -411,7 +412,7 @@ class Engine:
                 image_id=i["image_id"],
                 bos_id=i["bos_id"],
                 eos_ids=tuple(i["eos_ids"]),
-                template=" ".join(self.template.to_json().values()),
+                template=" ".join(str(x) for x in self.template.to_json().values()),
             )
 
 

@@ -44,10 +44,19 @@ class Painting:
 class EnginePainter(Painter):
     """Values are numpy arrays as they are stored (bfloat16 as its bits); caches stay in the memory of the device."""
 
-    def __init__(self, decoder: Decoder, facts: dict[str, Any], samples: Samples, plan: FlowPlan, trips: Any = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        facts: dict[str, Any],
+        samples: Samples,
+        plan: FlowPlan,
+        trips: Any = None,
+        observe: Any = None,
+    ):
         listed = facts["stages"]
         inputs = {k: {i: x["shape"] for i, x in s["inputs"].items()} for k, s in listed.items()}
         super().__init__([from_json(i) for i in facts["painting"]], inputs, samples, plan, trips)
+        self.observe = observe
         self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.get("one_sample")}
         self.info, both = facts["info"], 2 * self.count
         model = decoder.language
@@ -74,6 +83,12 @@ class EnginePainter(Painter):
         return super()._read(source)
 
     def run_stage(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        made = self._run(call, inputs)
+        if self.observe:
+            self.observe("paint", call, made, None)
+        return made
+
+    def _run(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         stage = self.decoder.stages[call.stage]
         given = {k: _memory(stage, k, x) for k, x in inputs.items()}
         if call.stage != self.model_name:
@@ -150,10 +165,12 @@ def paint(
     plan: FlowPlan | None = None,
     trajectory: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
 ) -> Painting:
     """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info["batch"]`` at once.
 
-    `progress` is told how many evaluations are done, and of how many. Raises EngineError for a wrong prompt or noise.
+    `progress` is told how many evaluations are done, and of how many. `observe` is called after each stage, as that of
+    `Program.paint`, with arrays. Raises EngineError for a wrong prompt or noise.
     """
     info, latents = facts["info"], tuple(facts["info"]["flow"]["latents"])
     if noise.shape != (len(prompts), *latents) or noise.dtype != np.float32:
@@ -177,7 +194,7 @@ def paint(
             if progress:
                 progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-        painter = EnginePainter(decoder, facts, lay_out(prompts[part], info), plan, after)
+        painter = EnginePainter(decoder, facts, lay_out(prompts[part], info), plan, after, observe)
         latents_made.append(painter.paint(noise[part]))
         if "image" in painter.values:
             dtype = facts["stages"]["decode_image"]["outputs"]["image"]["dtype"]

@@ -86,8 +86,9 @@ class Cases:
     recordings: runs that a file may hold. values: recorded name -> the value of a Program that it is, or that value and
     from which of its rows on. zeroed: taps that the reference recorded before it zeroed rows that see nothing. tiles:
     the image input whose ones count the blocks of an image. left_padding: the reference masks left padding rightly.
-    unread: names that no module makes -> why. about: what a meta.json beside the files says of a case, by its name:
-    "guidance", "steps", "pictures" (picture -> fields of ImageProcessor).
+    unread: names that no module makes -> why. scales: name -> a number that its values are those of others times, and
+    so are their errors. about: what a meta.json beside the files says of a case, by its name: "guidance", "steps",
+    "pictures" (picture -> fields of ImageProcessor).
     """
 
     vision_taps: dict[str, str]
@@ -101,6 +102,7 @@ class Cases:
     tiles: str | None = None
     left_padding: bool = False
     unread: dict[str, str] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     about: Callable[[dict[str, Any], str], dict[str, Any]] | None = None
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmopt import repainting
 from mmopt.beside import tensors
 from mmopt.checkpoint import Model
 from mmopt.family import Cases
@@ -30,10 +31,12 @@ def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
     """`read_cases` for a loaded model."""
     cross = model.family.cross
     info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
+    flow = None if model.family.flow is None else asdict(model.family.flow(model.config))
+    flow = flow and flow | {"vocab_size": model.config.vocab_size}
     stages = model.family.stages(model.module, 1)
     dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
     cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1
+        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow
     )
     eos = model.config.eos_token_id
     for case in cases:
@@ -50,9 +53,12 @@ def at_model(model: Model, case: Case, forced: bool) -> Pairs:
         if case.run is not None:
             made = case.run(model.module)
             return {k: (made[case.mean(k)], x) for k, x in case.outputs.items() if case.mean(k) in made}
+        if case.painting is not None:
+            pairs = repainting.at_model(model, case)
+            return pairs | taps.pairs()
         text = Apart(model, case) if case.sights else Among(model, case)
         run = text.prompt() if case.is_prompt else None
-    pairs: Pairs = {}
+    pairs = {}
     if run is not None:
         with torch.inference_mode():
             text.go_on(run, forced)
@@ -64,11 +70,16 @@ def at_model(model: Model, case: Case, forced: bool) -> Pairs:
             for k, wanted in case.recorded(f"out.prepare.{name}").items():
                 if value is not None:
                     pairs[k] = value, wanted
+        for k, wanted in case.recorded("out.prepare.position_ids").items():
+            pairs[k] = case.real(case.valid.long().cumsum(1) - 1), case.real(wanted)
     return pairs | taps.pairs()
 
 
 class Among:
-    """A batch whose images are rows among those of the text."""
+    """A batch whose images are rows among those of the text.
+
+    Where the reference masks left padding, the module is told which rows are ``valid`` ``[B, n]``.
+    """
 
     def __init__(self, model: Model, case: Case):
         self.model, self.case, self.table = model, case, table(model)
@@ -83,18 +94,25 @@ class Among:
             visual = case.image_row >= 0
             embeds[visual] = self.image_rows.flatten(0, 1)[case.image_row[visual]]
         self.embeds = embeds * (~case.filler)[..., None]
-        logits, kept = self.model.module(self.embeds, case.image_row >= 0)
+        logits, kept = self.forward(self.embeds, case.image_row >= 0)
         return Run(case.each(self.embeds), case.each(logits), caches=split_heads(self.model, kept))
+
+    def forward(self, embeds: Tensor, visual: Tensor) -> tuple[Tensor, list]:
+        if not (self.case.left_padding and self.case.padded):
+            return self.model.module(embeds, visual)
+        return self.model.module(
+            embeds, visual, valid=F.pad(self.case.valid, (0, embeds.shape[1] - self.case.valid.shape[1]), value=True)
+        )
 
     def go_on(self, run: Run, forced: bool) -> None:
         """Greedy decoding without a cache: the whole sequence again for each token."""
         case, embeds, visual = self.case, self.embeds, self.case.image_row >= 0
-        if not case.steps or case.padded:
+        if not case.steps or not case.goes_on:
             return
         recorded = case.greedy_ids if forced else None
         steps, ids = [], []
         for step in range(case.steps):
-            logits, kept = self.model.module(embeds, visual)
+            logits, kept = self.forward(embeds, visual)
             steps.append(logits[:, -1])
             ids.append(logits[:, -1].argmax(-1))
             fed = ids[-1] if recorded is None else recorded[:, step]
@@ -169,7 +187,8 @@ class Taps:
         for taps in (self.cases.vision_taps, self.cases.input_taps, self.cases.language_taps):
             for name in case.outputs:
                 path = tapped(case.mean(name), taps)
-                if path is None or (taps is not self.cases.language_taps and case.pixel_values is None):
+                of_images = taps is not self.cases.language_taps and not case.painting
+                if path is None or (of_images and case.pixel_values is None):
                     continue
                 try:
                     module = model.module.get_submodule(path)

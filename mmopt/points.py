@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmopt.program import Call, Program
 from mmopt.recorded import Case
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # output name -> (ours, recorded), of equal shape if all is well
+Values = Mapping[str, str | tuple[str, int]]
 CACHE = re.compile(r"out\.(greedy\.final_)?kv_cache\.(\d+)\.(key|value)")
 
 
@@ -40,10 +42,10 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------- the points
-def at_program(program: Program, case: Case, forced: bool, all_rows: bool, values: dict[str, str]) -> Pairs:
+def at_program(program: Program, case: Case, forced: bool, all_rows: bool, values: Values) -> Pairs:
     """A Program on the prompts. `all_rows`: its logits hold all rows; after passes they hold the last one.
 
-    values: recorded name -> value of a Program.
+    values: recorded name -> value of a Program, see `mmopt.family.Cases`.
     """
     if not case.is_prompt:
         return value_pairs(case, encode(program, case.pixel_values), values)
@@ -85,9 +87,9 @@ def at_program(program: Program, case: Case, forced: bool, all_rows: bool, value
     return lay_beside(case, run, all_rows) | value_pairs(case, run.values, values)
 
 
-def at_engine(engine: Any, case: Case, forced: bool, values: dict[str, str]) -> Pairs:
+def at_engine(engine: Any, case: Case, forced: bool, values: Values) -> Pairs:
     """An `Engine` on the prompts. Of its embeddings only the image rows can be seen."""
-    seen = image_values(engine, case, set(values.values()))
+    seen = image_values(engine, case, {value_of(values, k) for k in values})
     if not case.is_prompt:
         return value_pairs(case, seen, values)
     trips, ids = to_feed(case, forced)
@@ -125,7 +127,7 @@ def image_values(engine: Any, case: Case, names: set[str]) -> dict[str, Tensor]:
 
 def to_feed(case: Case, forced: bool) -> tuple[int, Tensor | None]:
     """How many tokens to decode, and the ids to feed in the place of the likeliest ones."""
-    if not case.goes_on or case.samples_touch or (case.padded and not case.sights):
+    if not case.goes_on or case.samples_touch:
         return 0, None
     if case.fed is not None:  # the last one is not fed back
         return case.fed.shape[1] + 1, F.pad(case.fed, (0, 1))
@@ -140,15 +142,18 @@ def keep_steps(case: Case, run: Run, steps: Tensor, tokens: list[list[int]]) -> 
 
 
 def preprocessed(settings: dict, case: Case) -> Pairs:
-    """Recorded preprocessing: ``in.NAME_rgb`` -> ``out.NAME_MODE``, with the checkpoint's mean and deviation."""
+    """Recorded preprocessing: ``in.NAME_rgb`` -> ``out.NAME_MODE``, or ``out.NAME_own`` in the checkpoint's own mode.
+
+    Mean and deviation are the checkpoint's, or what was said of the picture.
+    """
     pairs: Pairs = {}
     for name, pixels in case.pictures.items():
-        processor = ImageProcessor.from_json(settings)
-        for mode in IMAGE_MODES:
-            wanted = case.outputs.get(f"out.{name}_{mode}")
-            if wanted is not None:
-                made = replace(processor, size=wanted.shape[-1], mode=mode)([pixels.numpy()])[0]
-                pairs[f"out.{name}_{mode}"] = torch.from_numpy(made), wanted
+        processor = ImageProcessor.from_json(settings | case.settings.get("pictures", {}).get(name, {}))
+        for mode in (*IMAGE_MODES, "own"):
+            for k, wanted in case.recorded(f"out.{name}_{mode}").items():
+                own = processor.mode if mode == "own" else mode
+                made = replace(processor, size=wanted.shape[-1], mode=own)([pixels.numpy()])[0]
+                pairs[k] = torch.from_numpy(made), wanted
     return pairs
 
 
@@ -225,13 +230,22 @@ def sight_pair(case: Case, mean: str, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return ours, theirs.clamp(max=beyond) if mean == "out.sight.time" else theirs.reshape(ours.shape)
 
 
-def value_pairs(case: Case, made: dict[str, Tensor], values: dict[str, str]) -> Pairs:
+def value_of(values: Values, mean: str) -> str:
+    """The name of the value of a Program that a recorded name is."""
+    given = values.get(mean, "")
+    return given if isinstance(given, str) else given[0]
+
+
+def value_pairs(case: Case, made: dict[str, Tensor], values: Values) -> Pairs:
     """Values of a Program whose names are given, beside what was recorded of them."""
     pairs: Pairs = {}
     for name, wanted in case.outputs.items():
-        value = made.get(values.get(case.mean(name), ""))
-        if value is not None and case.mean(name) in values:
-            rows = case.real(wanted) if values[case.mean(name)] == "text" else wanted
+        mean = case.mean(name)
+        value = made.get(value_of(values, mean))
+        if value is not None and mean in values:
+            given = values[mean]
+            value = value if isinstance(given, str) else value[:, given[1] :]
+            rows = case.real(wanted) if given == "text" else wanted
             pairs[name] = value.reshape(rows.shape) if value.numel() == rows.numel() else value, rows
     return pairs
 

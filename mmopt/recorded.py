@@ -9,11 +9,14 @@ A family says how its recordings are named (`mmopt.family.Cases`). The names use
 - ``out.prepare.*``, ``out.hidden.0``, ``out.logits``, ``out.loss``, ``out.kv_cache.*``; ``out.greedy.token_ids`` (also
   ``_cached``, ``_nocache``), ``out.greedy.step_logits_cached`` and ``_nocache``, ``out.greedy.final_kv_cache.*``;
 - ``out.fed.logits``, ``out.fed.time``; ``out.sight.time`` (the number of the image that a row sees, 0: none),
-  ``out.sight.seen``, ``out.sight.blind`` (rows that get nothing), ``out.sight.marker``.
+  ``out.sight.seen``, ``out.sight.blind`` (rows that get nothing), ``out.sight.marker``;
+- ``in.image_mask`` (in ids with a place for each row of an image: where), ``in.image_held`` (which images there are);
+- ``in.paint.*``, ``out.paint.*``: of a painting, see `mmopt.painted`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,11 +31,13 @@ from torch import Tensor
 from mmopt.among import read_among
 from mmopt.beside import Sights, read_apart
 from mmopt.family import Cases, Recording
+from mmopt.painted import Painted, read_painted
 
 KNOWN = re.compile(
     r"in\.(input_ids|more_ids|fed_ids|before_ids|attention_mask|seen|labels|pixel_values|images_list\.\d+|image\.\w+"
-    r"|\w+_rgb)"
+    r"|image_mask|image_held|paint\.(prompt|samples|seen|noise)|\w+_rgb)"
 )
+CHECKED = {"in.seen": "out.sight.seen", "in.paint.seen": "out.paint.seen"}  # inputs that follow from others
 TOKEN_IDS = re.compile(r"out\.greedy\.token_ids(_cached|_nocache)?")
 STEP_LOGITS = re.compile(r"out\.greedy\.step_logits(_cached|_nocache)")
 
@@ -65,6 +70,8 @@ class Case:
     fed: Tensor | None = None  # [B, n] ids that are fed after the prompt
     run: Callable[[Any], dict[str, Tensor]] | None = None  # instead of a prompt: module -> outputs by name used here
     alone: Callable[[Any], Any] | None = None  # see `mmopt.family.Recording`, for this file's tensors
+    painting: Painted | None = None  # instead of a prompt
+    settings: dict[str, Any] = field(default_factory=dict)  # what was said of it: `mmopt.family.Cases.about`
 
     @property
     def is_prompt(self) -> bool:
@@ -159,12 +166,14 @@ def read_cases(
     layout: Cases | None = None,
     info: dict[str, Any] | None = None,
     image_dims: int = 3,
+    flow: dict[str, Any] | None = None,
 ) -> list[Case]:
     """Read recorded cases; a file of several runs gives several, all of its name.
 
     `layout`: of the family, by default names as used here. `info`: of `mmopt.sight`, if images lie outside the text.
-    `image_dims`: dimensions of an image. The checkpoint's own weights among the files are passed over, so that
-    ``*.safetensors`` works. Raises ValueError that names a file that is no case, or an input that is not known.
+    `image_dims`: dimensions of an image. `flow`: of `mmopt.painted`, if the model paints. The checkpoint's own weights
+    among the files are passed over, so that ``*.safetensors`` works. Raises ValueError that names a file that is no
+    case, or an input that is not known.
     """
     files, cases = [Path(p) for p in paths], []
     layout = layout or Cases({}, {}, {}, 0, 0)
@@ -174,6 +183,7 @@ def read_cases(
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{path}: cannot be read as a safetensors file ({e})") from e
         runs = [(r, names) for r in layout.recordings if (names := _held(r, tensors))]
+        runs = [(r, names) for r, names in runs if not r.otherwise] or runs
         if not runs and checkpoint and path.parent.resolve() == checkpoint.resolve():
             continue
         if not runs:
@@ -188,10 +198,13 @@ def read_cases(
             if unknown and recording.run is None:
                 raise ValueError(f"{name}: unknown input {', '.join(unknown)}")
             given = {c: tensors[k] for k, c in names.items() if c.startswith("in.")}
-            outputs = {k: tensors[k] for k, c in names.items() if not c.startswith("in.") or c == "in.seen"}
-            means = {k: c.replace("in.seen", "out.sight.seen") for k, c in names.items() if k in outputs}
+            outputs = {k: tensors[k] for k, c in names.items() if not c.startswith("in.") or c in CHECKED}
+            means = {k: CHECKED.get(c, c) for k, c in names.items() if k in outputs}
             case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
-            if recording.run is not None:
+            case.settings = _said(path, layout)
+            if "in.paint.noise" in given:
+                read_painted(case, given, flow)
+            elif recording.run is not None:
                 case.run = _bound(recording.run, given, outputs, means)
                 case.alone = _bound(recording.alone, given, outputs, means) if recording.alone else None
                 if (pixels := given.get("in.pixel_values")) is not None:
@@ -204,6 +217,17 @@ def read_cases(
     if not cases:
         raise ValueError("no recorded case was given")
     return cases
+
+
+def _said(path: Path, layout: Cases) -> dict[str, Any]:
+    """What a meta.json beside a file says of its case."""
+    meta = path.parent / "meta.json"
+    if layout.about is None or not meta.is_file():
+        return {}
+    try:
+        return layout.about(json.loads(meta.read_text()), path.stem)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{meta}: what it says of {path.stem} cannot be read ({type(e).__name__}: {e})") from e
 
 
 def _held(recording: Recording, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -61,7 +61,7 @@ PICTURES = Recording({"in.*": "in.*_rgb", "out.*": "out.*_own"}, otherwise=True)
 
 def about(meta: dict[str, Any], name: str) -> dict[str, Any]:
     """What a meta.json says of a case: steps and guidance of a painting, mean and deviation of each picture."""
-    said = next((c for c in meta.get("gen_cases", []) if c["name"] == name), {})
+    said: dict[str, Any] = next((c for c in meta.get("gen_cases", []) if c["name"] == name), {})
     found = {ours: said[theirs] for ours, theirs in (("steps", "steps"), ("guidance", "cfg_weight")) if theirs in said}
     fields = {"image_mean": "mean", "image_std": "std", "min_size": "smallest"}
     pictures = {
@@ -85,5 +85,6 @@ def cases(config: Any) -> Cases:
         recordings=(UNDERSTANDING, PAINTING, PICTURES),
         values={"out.aligner_out": ("image_rows", 1)},  # after the learned row that begins an image
         left_padding=True,
+        scales={} if config.vae is None else {"out.paint.decoder_latents": 1 / config.vae.scaling_factor},
         about=about,
     )

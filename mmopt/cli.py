@@ -51,6 +51,10 @@ VisionOption = Annotated[
     Optional[str],
     typer.Option("--vision", help="Directory, file or hub id of the stock vision tower, if CHECKPOINT lacks it."),
 ]
+VaeOption = Annotated[
+    Optional[str],
+    typer.Option("--vae", help="Directory or hub id of the autoencoder that makes pictures, if CHECKPOINT lacks it."),
+]
 LnPostOption = Annotated[
     bool,
     typer.Option("--ln-post", help="The vision tower's last norm on all its rows, as newer open_clip does."),
@@ -76,9 +80,11 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda now: status.update(f"{text}: {now}")
 
 
-def parts(language_model: str | None, vision: str | None, ln_post: bool, more: list[str] | None) -> dict[str, Any]:
+def parts(
+    language_model: str | None, vision: str | None, vae: str | None, ln_post: bool, more: list[str] | None
+) -> dict[str, Any]:
     """Options of `load` that were given."""
-    given = {"language_model": language_model, "vision": vision, "ln_post": ln_post or None}
+    given = {"language_model": language_model, "vision": vision, "vae": vae, "ln_post": ln_post or None}
     for option in more or []:
         name, found, value = option.partition("=")
         if not found:
@@ -122,6 +128,7 @@ def inspect(
     dtype: DtypeOption = None,
     language_model: LanguageOption = None,
     vision: VisionOption = None,
+    vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
@@ -137,7 +144,7 @@ def inspect(
 
             images = shots + 1
             context = SHOT * images + 64 if context is None else context
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more))
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more))
         if prompt_length is not None and model.family.flow is not None and context is None:
             context = prompt_length + model.family.flow(model.config).rows
         program = mmopt.trace(model, batch, images, context)
@@ -167,6 +174,7 @@ def optimize(
     ] = None,
     language_model: LanguageOption = None,
     vision: VisionOption = None,
+    vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
@@ -177,7 +185,7 @@ def optimize(
 
     with progress("optimizing") as now:
         now("tracing")
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more))
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
         result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
     if out is not None:
@@ -204,6 +212,7 @@ def export(
     context: ContextOption = None,
     language_model: LanguageOption = None,
     vision: VisionOption = None,
+    vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
     passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
@@ -221,7 +230,7 @@ def export(
     with progress("exporting") as now:
         now("tracing")
         program = mmopt.trace(
-            mmopt.load(checkpoint, **parts(language_model, vision, ln_post, more)), batch, images, context
+            mmopt.load(checkpoint, **parts(language_model, vision, vae, ln_post, more)), batch, images, context
         )
         reports: list = []
         if passes:
@@ -341,6 +350,7 @@ def verify(
     dtype: Annotated[str, typer.Option(help="Compute in float32, float16 or bfloat16.")] = "float32",
     language_model: LanguageOption = None,
     vision: VisionOption = None,
+    vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
     as_json: JsonOption = False,
@@ -350,7 +360,7 @@ def verify(
 
     with progress("verifying") as now:
         points = tuple(a.strip() for a in at.split(",") if a.strip())
-        options = parts(language_model, vision, ln_post, more)
+        options = parts(language_model, vision, vae, ln_post, more)
         result = replay(checkpoint, cases, at=points, dtype=dtype, progress=now, load_options=options)
     show(result, table(result), as_json)
     if not passed(result):
@@ -377,6 +387,7 @@ def bench(
     ] = "32,128",
     language_model: LanguageOption = None,
     vision: VisionOption = None,
+    vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the result to this PNG file.")] = None,
@@ -395,7 +406,7 @@ def bench(
     if config is not None and not random_weights:
         raise ValueError("--config has no weights: say --random-weights to time it with random ones")
     with progress("measuring") as now:
-        model = get_model(checkpoint, config, dtype, parts(language_model, vision, ln_post, more), random=True)
+        model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more), random=True)
         if paint:
             from mmopt.bench_painting import bench_painting
 

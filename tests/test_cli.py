@@ -12,8 +12,8 @@ FLAMINGO = DATA / "flamingo" / "openflamingo"
 
 
 def test_options_of_load():
-    assert parts(None, None, False, None) == {}
-    given = parts("lm", "vit.pt", True, ["vision_heads=12", "vision_act=gelu"])
+    assert parts(None, None, None, False, None) == {}
+    given = parts("lm", "vit.pt", None, True, ["vision_heads=12", "vision_act=gelu"])
     assert given == {
         "language_model": "lm", "vision": "vit.pt", "ln_post": True, "vision_heads": 12, "vision_act": "gelu"
     }  # fmt: skip

@@ -13,18 +13,18 @@ FLAMINGO = DATA / "flamingo" / "openflamingo"
 
 def test_options_of_load():
     assert parts(None, None, None, False, None) == {}
-    given = parts("lm", "vit.pt", None, True, ["vision_heads=12", "vision_act=gelu"])
+    given = parts("lm", "vit.pt", "vae", True, ["vision_heads=12", "vision_act=gelu"])
     assert given == {
-        "language_model": "lm", "vision": "vit.pt", "ln_post": True, "vision_heads": 12, "vision_act": "gelu"
+        "language_model": "lm", "vision": "vit.pt", "vae": "vae", "ln_post": True, "vision_heads": 12, "vision_act": "gelu"
     }  # fmt: skip
     with pytest.raises(ValueError, match="--set vision_heads: expected NAME=VALUE"):
-        parts(None, None, False, ["vision_heads"])
+        parts(None, None, None, False, ["vision_heads"])
 
 
 @pytest.mark.parametrize("command", ["inspect", "optimize", "export", "verify", "bench"])
 def test_every_command_that_loads_takes_parts(command):
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    for option in ("--language-model", "--vision", "--ln-post", "--set"):
+    for option in ("--language-model", "--vision", "--vae", "--ln-post", "--set"):
         assert option in shown
 
 

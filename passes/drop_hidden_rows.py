@@ -58,8 +58,8 @@ class DropHiddenRows(Pass):
             return found
         if any(c.source(mask) != "prompt.seen" or c.source("offset") != "prompt.offset" for c in calls):
             return "its mask or its positions are not those of the prompt"
-        rows = [{*c.sources(found[0]), *c.sources(found[1])} - {"no_rows"} for c in ahead]
-        if len(ahead) != 1 or not after or len(calls) != 1 + len(after) or rows != [{"prompt.text"}]:
+        rows = [[s for i in found for s in c.sources(i) if s != "no_rows"] for c in ahead]
+        if len(ahead) != 1 or not after or len(calls) != 1 + len(after) or rows != [["prompt.text"]]:
             return "rows that are hidden are fed in one call with others, at places that all samples share"
         made = {ahead[0].target(o): o for o in stage.outputs if o not in stage.inputs}
         for c in paints(program):

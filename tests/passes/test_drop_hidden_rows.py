@@ -1,0 +1,192 @@
+"""Rows of a prompt that nobody sees are left out of the cache."""
+
+from dataclasses import replace
+
+import painting_toy as toy
+import pytest
+import torch
+from mmopt.passes.drop_hidden_rows import DropHiddenRows
+from mmopt.passes.split_calls import SplitCalls
+from toys import DTYPES, before_and_after, caught, flow, twice, unchanged
+
+from mmopt.contracts import compare
+from mmopt.graph import CACHED_ATTENTION
+from mmopt.painting import lay_out
+from mmopt.pipeline import optimize
+from mmopt.program import Cat
+
+
+def split(**options):
+    return SplitCalls()(toy.program(**options))[0]
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return split()
+
+
+def masks(program):
+    graph = program.stages["language_model"].graph
+    return sum(n.target is CACHED_ATTENTION and len(n.args) > 10 and n.args[10] is not None for n in graph.nodes)
+
+
+def test_attention_loses_its_mask(painter, snapshot):
+    after, report = DropHiddenRows()(painter)
+    text = before_and_after(painter, after, "language_model")
+    snapshot("drop_hidden_rows", f"{toy.painting_text(painter)}\n\n{toy.painting_text(after)}\n\n{text}")
+    assert report.rewrites == ["language_model: 2 attentions lose a mask; rows hidden by it are left out of the cache"]
+    assert (masks(painter), masks(after)) == (2, 0)
+    assert "seen" not in after.stages["language_model"].inputs
+    assert after.info["flow"]["compact"]
+    assert "compact" not in painter.info["flow"]  # the program given stays as it is
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_numbers(dtype):
+    before = split(dtype=dtype)
+    assert compare(before, DropHiddenRows()(before)[0]) is None
+
+
+@pytest.mark.parametrize("lengths", [(2,), (24,), (2, 24), (7, 2, 3), (5, 5)])
+def test_same_pictures(painter, lengths):
+    prompts = [list(range(1, n + 1)) for n in lengths]
+    noise = torch.randn(len(prompts), 2, 8, 8, generator=torch.Generator().manual_seed(len(lengths)))
+    after, _ = DropHiddenRows()(painter)
+    torch.testing.assert_close(after.paint(prompts, noise), painter.paint(prompts, noise), atol=1e-5, rtol=1e-5)
+
+
+def test_text_is_answered_as_before(painter):
+    after, _ = DropHiddenRows()(painter)
+    prompts = {"prompts": [[5, 6, 7], [9]], "max_new_tokens": 4, "ignore_eos": True}
+    assert after(**prompts)["tokens"] == painter(**prompts)["tokens"]
+
+
+def test_where_rows_stand(painter):
+    """By hand: prompts of 4 and 2 ids, of which 3 and 1 are fed."""
+    info, prompts = painter.info, [[1, 7, 8, 9], [1, 9]]
+    padded = lay_out(prompts, info)
+    assert padded.ids.tolist() == [[1, 7, 8], [0, 0, 1], [1, 0, 0], [0, 0, 1]]
+    hidden = [[j for j, sees in enumerate(row) if not sees] for row in padded.seen.tolist()]
+    assert hidden == [[], [0, 1], [1, 2], [0, 1]]
+    assert (padded.begin.tolist(), padded.end.tolist()) == ([0] * 4, [3] * 4)
+    assert padded.offset.tolist() == padded.image_offset.tolist() == [0, -2, 0, -2]
+    compact = lay_out(prompts, DropHiddenRows()(painter)[0].info)
+    assert compact.ids.tolist() == [[1, 7, 8], [1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert (compact.begin.tolist(), compact.end.tolist()) == ([0] * 4, [3, 1, 1, 1])
+    assert compact.offset.tolist() == [0] * 4
+    assert compact.image_offset.tolist() == [0, 0, 2, 0]
+    for s in (padded, compact):  # the row of the time stands at the same position either way
+        assert (s.end + s.image_offset).tolist() == [3, 1, 3, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- left alone
+def recall(place, **rename):
+    """Call number `place` of the split loop reads something else."""
+
+    def body(calls):
+        calls[place] = replace(calls[place], rename=calls[place].rename | rename)
+        return calls
+
+    return body
+
+
+ONE_CALL = "language_model: rows that are hidden are fed in one call with others, at places that all samples share"
+NOT_ITS = "language_model: its mask or its positions are not those of the prompt"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda calls: [*calls[:2], *calls[3:]], ONE_CALL),  # the prompt is fed elsewhere
+        (recall(2, text=Cat(1, ("prompt.text", "prompt.text"))), ONE_CALL),
+        (recall(2, text="tokens"), ONE_CALL),
+        (recall(3, past="image.past"), ONE_CALL),
+        (recall(2, seen="other.seen"), NOT_ITS),
+        (recall(3, seen="other.seen"), NOT_ITS),
+        (recall(3, offset="image.offset"), NOT_ITS),
+        (recall(4, hidden="prompt.hidden"), "language_model: flow_decode reads hidden of the rows of the prompt"),
+        (recall(4, hidden=Cat(1, ("prompt.hidden", "hidden"))), "flow_decode reads hidden of the rows of the prompt"),
+    ],
+)
+def test_other_schedules(painter, change, why):
+    unchanged(toy.repaint(painter, change), DropHiddenRows(), why)
+
+
+def test_before_calls_are_split():
+    unchanged(toy.program(), DropHiddenRows(), ONE_CALL)
+
+
+class Reads(toy.LanguageModel):
+    """Something but attention reads the mask."""
+
+    def forward(self, visual, text, past, offset, seen, key_cache: list[torch.Tensor], value_cache: list[torch.Tensor]):
+        x, *rest = super().forward(visual, text, past, offset, seen, key_cache, value_cache)
+        return x * seen[:, :1, None], *rest
+
+
+class Turned(toy.LanguageModel):
+    """Attention reads something that is made of the mask."""
+
+    def forward(self, visual, text, past, offset, seen, key_cache: list[torch.Tensor], value_cache: list[torch.Tensor]):
+        return super().forward(visual, text, past, offset, seen & seen.flip(1), key_cache, value_cache)
+
+
+@pytest.mark.parametrize("module", [Reads, Turned])
+def test_masks_that_are_not_for_attention_alone(module):
+    def change(m, specs):
+        specs["language_model"] = replace(specs["language_model"], module=module(m))
+
+    unchanged(split(change=change), DropHiddenRows(), "language_model: its mask is not one input that attention alone")
+
+
+def test_programs_without_a_mask():
+    unchanged(flow(), DropHiddenRows(), "program: no attention on a cache has a mask")
+
+
+def test_twice(painter):
+    twice(painter, DropHiddenRows())
+
+
+def test_all_passes_twice():
+    once = optimize(toy.program(), check=False).program
+    again = optimize(once, check=False).program
+    assert toy.painting_text(again) == toy.painting_text(once)
+    assert again.stages.keys() == once.stages.keys()
+    assert compare(once, again) is None
+
+
+# ----------------------------------------------------------------------------------------------------------- broken
+class Broken(DropHiddenRows):
+    """A broken pass: calls after the prompt read something else."""
+
+    def __init__(self, **wrong):
+        self.wrong = wrong
+
+    def compact(self, item, stage, mask):
+        made = super().compact(item, stage, mask)
+        if hasattr(made, "body") or made.source("past") != "prompt.end":
+            return made
+        return replace(made, rename=made.rename | self.wrong)
+
+
+class KeepsPadding(DropHiddenRows):
+    """A broken pass: the mask goes, hidden rows stay."""
+
+    def run(self, program, report):
+        made = super().run(program, report)
+        del made.info["flow"]["compact"]
+        return made
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Broken(offset="prompt.offset"),  # the time stands right behind the rows that are left
+        Broken(offset="prompt.end"),
+        Broken(past="prompt.past"),  # behind the padding
+        Broken(past="prompt.begin"),  # over the rows of the prompt
+        KeepsPadding(),
+    ],
+)
+def test_wrong_places_are_caught(painter, broken):
+    caught(painter, broken, "flow_decode")

@@ -78,6 +78,7 @@ def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(rows):
 
 def test_both_parts_of_a_budget_count_and_ties_go_to_time_then_error():
     assert cheapest([row(8, 0.1, 0.9), row(10, 0.1, 0.3)], Drift(mean=0.2, p90=0.5)).row.passes == 10
+    assert cheapest([row(10, seconds=1.0), row(8, seconds=5.0)], Drift(mean=0.2)).row.passes == 8
     slow, fast = row(seconds=2.0, mean=0.01), row(seconds=1.0)
     assert cheapest([slow, fast], Drift(mean=0.2)).row is fast
     rough, fine = row(mean=0.15), row(mean=0.05)

@@ -30,6 +30,10 @@ ATTENTION, CACHED_ATTENTION, ROTARY = (
     mm.attention.default, mm.cached_attention.default, mm.rotary.default
 )  # fmt: skip
 CROSS_ATTENTION, SEGMENT_ATTENTION = mm.cross_attention.default, mm.segment_attention.default
+GROUP_NORM, PIXEL_SHUFFLE = aten.group_norm.default, aten.pixel_shuffle.default
+REDUCTIONS = {  # -> the argument that says along which dimensions
+    aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.linalg_vector_norm.default: 2,
+}  # fmt: skip
 HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, SEGMENT_ATTENTION}
 
 
@@ -249,6 +253,15 @@ def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
         return rules.get(dim)
     if op is CONV2D:
         return {0: 0, 1: None, 2: None} if dim == 0 else None
+    if op is GROUP_NORM:
+        return {0: 0, 2: None, 3: None} if dim == 0 else None
+    if op is PIXEL_SHUFFLE:
+        return {0: dim} if dim < rank - 3 else None
+    if op in REDUCTIONS:
+        whole, place = len(shape_of(args[0])), REDUCTIONS[op]
+        gone = {d % whole for d in (args[place] if len(args) > place else None) or range(whole)}
+        kept = [d for d in range(whole) if d not in gone or rank == whole]
+        return {0: kept[dim]} if kept[dim] not in gone else None
     if op is FULL:
         return {}
     if is_pointwise(op):

@@ -208,7 +208,8 @@ def test_optimized_twice_is_optimized_once(program, result):
 def test_every_pass_was_checked_and_the_input_not_changed(program, result):
     assert [r.name for r in result.reports] == [p.name for p in default_passes()]
     idle = [r.name for r in result.reports if not r.rewrites]
-    assert idle == ["fuse_cross_attention"]  # the images of this model lie among its text
+    painting = ["split_calls", "share_samples", "drop_hidden_rows"]  # this model paints nothing
+    assert idle == [*painting, "fuse_cross_attention"]  # and its images lie among its text
     assert all(r.checked == "checked" for r in result.reports if r.rewrites)
     assert "where(" in str(program)
     assert compare(program, result.program) is None

@@ -92,6 +92,7 @@ def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id
             raise ValueError(f"{case.name}: expected {name} of shape {tuple(ids.shape)}, found {tuple(x.shape)}")
     batch, most = len(ids), max(counts, default=0)
     held = given.get("in.image_held", torch.ones(batch, most, rows_per_image)).bool()
+    held = held if counts or held.any() else held[:, :0]  # text alone
     if len(counts) not in (0, batch) or tuple(held.shape) != (batch, most, rows_per_image):
         raise ValueError(
             f"{case.name}: expected images [{batch}, images, ...] and a mask of {rows_per_image} rows for each, "

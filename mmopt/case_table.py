@@ -34,6 +34,8 @@ def table(result: dict[str, list[dict[str, Any]]], width: int = 120) -> str:
     bad = sum(not r["ok"] for r in result["rows"])
     console = Console(file=io.StringIO(), width=width, force_terminal=False, highlight=False, markup=False)
     console.print(shown)
+    for n in result.get("passed_over", []):
+        console.print(f"passed over: {n['file']}: {n['reason']}")
     if reasons:
         console.print("not compared:")
     for (point, reason), (outputs, cases) in reasons.items():

@@ -20,7 +20,7 @@ from mmopt.case_table import table as table
 from mmopt.checkpoint import DTYPES, Model, load
 from mmopt.plain import at_model, cases_of, is_zeroed, read_model_cases, tapped
 from mmopt.points import Pairs, at_engine, at_program, preprocessed
-from mmopt.recorded import TOKEN_IDS, Case
+from mmopt.recorded import TOKEN_IDS, Case, options_for
 
 # Cases are recorded in float32. In half precision each rounding is 2^-9 (bfloat16) or 2^-12 (float16) of a value and
 # adds up through image stages and decoder, so the largest error is judged as a share of the largest recorded value of
@@ -59,7 +59,8 @@ def replay(
     Returns ``rows`` of ``{case, point, output, max_abs, max_rel, ids_equal, ok}`` and ``not_compared`` of ``{case,
     point, output, reason}``, all plain JSON values. max_rel is the largest error over the largest recorded value;
     ids_equal is None where the output is not token ids; numbers that are not finite are None. A run that fails gives a
-    row ``output="run"`` that is not ok, with its error in ``not_compared``.
+    row ``output="run"`` that is not ok, with its error in ``not_compared``. ``passed_over`` are ``{file, reason}`` that
+    are no cases.
 
     Raises ValueError for an unknown point, dtype, or input name, and for files that are not cases.
     """
@@ -70,9 +71,14 @@ def replay(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     tell = progress or (lambda line: None)
     tell(f"load {checkpoint}")
-    model = load(checkpoint, dtype=dtype, **(load_options or {}))
-    todo = read_model_cases(cases, model)
-    result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": []}
+    paths, options, weights = list(cases), load_options or {}, []  # type: list[str | Path], dict[str, Any], list[str]
+    model = load(checkpoint, dtype=dtype, **options)
+    if more := {k: v for k, v in options_for(paths, cases_of(model)).items() if k not in options}:
+        tell(f"load {checkpoint} with {', '.join(f'{k} {v}' for k, v in more.items())}, as the cases have it")
+        model = load(checkpoint, dtype=dtype, **options, **more)
+    todo = read_model_cases(paths, model, weights)
+    passed_over = [{"file": name, "reason": "weights of the checkpoint, no case"} for name in weights]
+    result: dict[str, list[dict[str, Any]]] = {"rows": [], "not_compared": [], "passed_over": passed_over}
     with ExitStack() as stack:
         line = Line(model, todo, tell, stack)
         for point in (p for p in POINTS if p in at):
@@ -157,12 +163,14 @@ def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[di
         row = {**where, "output": "run", "max_abs": None, "max_rel": None, "ids_equal": None, "ok": False}
         return [row], [{**where, "output": "out.*", "reason": f"failed: {type(e).__name__}: {e}"}]
     layout = cases_of(line.model)
-    rows = []
+    rows, guided = [], painted.guided(case) if half else {}
+    pairs = {k: x for k, x in pairs.items() if k not in guided}
     for k, (ours, recorded) in sorted(pairs.items()):
         mean = case.mean(k)
-        atol = layout.atol * layout.scales.get(mean, 1.0) * painted.allowance(case, mean)
-        rows.append({**where, "output": k, **judge(mean, ours, recorded, atol, layout.rtol, half)})
-    left_out = {k: _why_not(line.model, point, case, k) for k in sorted(case.outputs) if k not in pairs}
+        more = painted.allowance(case, mean)
+        atol, share = layout.atol * layout.scales.get(mean, 1.0) * more, half and half * more
+        rows.append({**where, "output": k, **judge(mean, ours, recorded, atol, layout.rtol, share)})
+    left_out = {k: _why_not(line.model, point, case, k) for k in sorted(case.outputs) if k not in pairs} | guided
     for k in pairs:
         if case.mean(k) == "out.logits" and point in ("optimized", "engine"):
             left_out[k] = "rows before the last one of each sample are not made"
@@ -242,7 +250,7 @@ def _why_not(model: Model, point: str, case: Case, recorded: str) -> str:
     if name in layout.unread:
         return layout.unread[name]
     if case.painting:
-        return painted.why_not(point, name)
+        return painted.why_not(point, name, "decode_image" in model.family.stages(model.module, 1))
     if case.run is not None and point != "model":
         return "no Program is made of what these inputs go through"
     taps = (layout.vision_taps, layout.input_taps, layout.language_taps)

@@ -88,7 +88,8 @@ class Cases:
     the image input whose ones count the blocks of an image. left_padding: the reference masks left padding rightly.
     unread: names that no module makes -> why. scales: name -> a number that its values are those of others times, and
     so are their errors. about: what a meta.json beside the files says of a case, by its name: "guidance", "steps",
-    "pictures" (picture -> fields of ImageProcessor).
+    "pictures" (picture -> fields of ImageProcessor). options: names and shapes of a file's tensors
+    -> options of `mmopt.load` without which the model is not the one that was recorded.
     """
 
     vision_taps: dict[str, str]
@@ -104,6 +105,7 @@ class Cases:
     unread: dict[str, str] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     about: Callable[[dict[str, Any], str], dict[str, Any]] | None = None
+    options: Callable[[dict[str, tuple[int, ...]]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

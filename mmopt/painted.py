@@ -163,12 +163,20 @@ def allowance(case: Case, mean: str) -> float:
     return max(1.0, grown / 9) if value in ("latents", "image", "decoder_latents", *VELOCITIES) else 1.0
 
 
-def why_not(point: str, mean: str) -> str:
-    """Why an output of a painting is not compared at a point."""
+def why_not(point: str, mean: str, decodes: bool) -> str:
+    """Why an output of a painting is not compared at a point. decodes: the model has a decoder of images."""
     where, value = parts(mean)
     if value not in (AT_STEPS if where else (*WHOLE, *AT_STEPS)):
         return "not an output that this version knows"
+    if value in ("decoder_latents", "image", "levels") and not decodes:
+        return "this model has no decoder of images"
     return next(why for points, only, why in REASONS if point in points.split() and only in ("", value))
+
+
+def guided(case: Case) -> dict[str, str]:
+    """Recorded velocities that guidance made -> why they are not judged in half precision."""
+    why = "guidance multiplies the rounding of its two parts, which are compared"
+    return {k: why for k in case.outputs if case.painting and parts(case.mean(k))[1] == "velocity.guided"}
 
 
 def left_out(case: Case, point: str, name: str) -> tuple[str, str] | None:

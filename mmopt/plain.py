@@ -27,7 +27,7 @@ def cases_of(model: Model) -> Cases:
     return given(model.config) if callable(given) else given
 
 
-def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
+def read_model_cases(paths: Iterable[str | Path], model: Model, passed_over: list[str] | None = None) -> list[Case]:
     """`read_cases` for a loaded model."""
     cross = model.family.cross
     info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
@@ -36,8 +36,9 @@ def read_model_cases(paths: Iterable[str | Path], model: Model) -> list[Case]:
     stages = model.family.stages(model.module, 1)
     dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
     cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow
-    )
+        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow,
+        passed_over,
+    )  # fmt: skip
     eos = model.config.eos_token_id
     for case in cases:
         case.eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)

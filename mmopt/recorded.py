@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -167,15 +167,17 @@ def read_cases(
     info: dict[str, Any] | None = None,
     image_dims: int = 3,
     flow: dict[str, Any] | None = None,
+    passed_over: list[str] | None = None,
 ) -> list[Case]:
     """Read recorded cases; a file of several runs gives several, all of its name.
 
     `layout`: of the family, by default names as used here. `info`: of `mmopt.sight`, if images lie outside the text.
     `image_dims`: dimensions of an image. `flow`: of `mmopt.painted`, if the model paints. The checkpoint's own weights
-    among the files are passed over, so that ``*.safetensors`` works. Raises ValueError that names a file that is no
-    case, or an input that is not known.
+    among the files are passed over, so that ``*.safetensors`` works, and listed in `passed_over`. Raises ValueError
+    that names a file that is no case, or an input that is not known.
     """
     files, cases = [Path(p) for p in paths], []
+    weights = [] if passed_over is None else passed_over
     layout = layout or Cases({}, {}, {}, 0, 0)
     for path in files:
         try:
@@ -185,6 +187,7 @@ def read_cases(
         runs = [(r, names) for r in layout.recordings if (names := _held(r, tensors))]
         runs = [(r, names) for r, names in runs if not r.otherwise] or runs
         if not runs and checkpoint and path.parent.resolve() == checkpoint.resolve():
+            weights.append(path.name)
             continue
         if not runs:
             wanted = " and ".join(layout.recordings[0].names)
@@ -215,8 +218,25 @@ def read_cases(
                 read_apart(case, given, info, image_dims, layout.tiles)
             cases.append(case)
     if not cases:
-        raise ValueError("no recorded case was given")
+        found = f": {', '.join(weights)} are the weights of the checkpoint" if weights else ""
+        raise ValueError(f"no recorded case was given{found}")
     return cases
+
+
+def options_for(paths: Iterable[str | Path], layout: Cases) -> dict[str, Any]:
+    """Options of `mmopt.load` that files of cases need. Raises ValueError where two files need different ones."""
+    needed: dict[str, tuple[Any, str]] = {}
+    for path in paths if layout.options else ():
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            continue  # `read_cases` tells what is wrong
+        for option, value in layout.options(shapes).items():  # type: ignore[misc]
+            before, where = needed.setdefault(option, (value, Path(path).name))
+            if before != value:
+                raise ValueError(f"{where} needs {option} {before}, {Path(path).name} {value}: verify them one by one")
+    return {option: value for option, (value, _) in needed.items()}
 
 
 def _said(path: Path, layout: Cases) -> dict[str, Any]:

@@ -72,19 +72,28 @@ def about(meta: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def cases(config: Any) -> Cases:
-    has_post = config.vae is None or config.vae.use_post_quant_conv
+    first_inputs, scales = {"out.paint.first.decoder_rows": "vision_gen_dec_model"}, {}
+    if config.vae is not None:
+        first = "vae.post_quant_conv" if config.vae.use_post_quant_conv else "vae.decoder"
+        first_inputs["out.paint.decoder_latents"] = first
+        scales["out.paint.decoder_latents"] = 1 / config.vae.scaling_factor
+
+    def options(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The size of what was painted, where it is not the one that the model has by default."""
+        side = shapes.get("in.noise", ())[2:]
+        other = len(side) == 2 and side[0] == side[1] != config.latent_size
+        return {"latent_size": side[0]} if other else {}
+
     return Cases(
         VISION_TAPS,
-        {
-            "out.paint.first.decoder_rows": "vision_gen_dec_model",
-            "out.paint.decoder_latents": "vae.post_quant_conv" if has_post else "vae.decoder",
-        },
+        first_inputs,
         {},
         atol=5e-5,  # a restructured loop measures up to 1.6e-5
         rtol=1e-6,
         recordings=(UNDERSTANDING, PAINTING, PICTURES),
         values={"out.aligner_out": ("image_rows", 1)},  # after the learned row that begins an image
         left_padding=True,
-        scales={} if config.vae is None else {"out.paint.decoder_latents": 1 / config.vae.scaling_factor},
+        scales=scales,
         about=about,
+        options=options,
     )

@@ -15,7 +15,8 @@ def test_options_of_load():
     assert parts(None, None, None, False, None) == {}
     given = parts("lm", "vit.pt", "vae", True, ["vision_heads=12", "vision_act=gelu"])
     assert given == {
-        "language_model": "lm", "vision": "vit.pt", "vae": "vae", "ln_post": True, "vision_heads": 12, "vision_act": "gelu"
+        "language_model": "lm", "vision": "vit.pt", "vae": "vae", "ln_post": True, "vision_heads": 12,
+        "vision_act": "gelu",
     }  # fmt: skip
     with pytest.raises(ValueError, match="--set vision_heads: expected NAME=VALUE"):
         parts(None, None, None, False, ["vision_heads"])

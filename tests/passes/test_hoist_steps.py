@@ -167,11 +167,11 @@ def test_values_that_are_read_after_the_loop_stay(painter):
     stays(toy.repaint(painter, after=after), "flow_time", "time_row is read outside the loop")
 
 
-def test_times_of_several_groups_are_no_row_of_a_table(painter):
+def test_times_of_several_groups_are_no_row_of_a_table():
     def body(calls):
         return [replace(calls[0], rename={"time": Cat(0, ("step.time", "step.time"))}), *calls[1:]]
 
-    before = toy.repaint(painter, body)
+    before = toy.repaint(SplitCalls()(toy.program())[0], body)
     after = stays(before, "flow_time", "every product in it depends on what the loop changes")
     noise = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     given = [[1, 5, 6]], noise

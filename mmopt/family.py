@@ -89,7 +89,7 @@ class Cases:
     unread: names that no module makes -> why. scales: name -> a number that its values are those of others times, and
     so are their errors. about: what a meta.json beside the files says of a case, by its name: "guidance", "steps",
     "pictures" (picture -> fields of ImageProcessor). options: names and shapes of a file's tensors
-    -> options of `mmopt.load` without which the model is not the one that was recorded.
+    -> options of `mmopt.load` without which the model is not the one that was recorded (None: it is as it is).
     """
 
     vision_taps: dict[str, str]

@@ -235,8 +235,8 @@ def options_for(paths: Iterable[str | Path], layout: Cases) -> dict[str, Any]:
         for option, value in layout.options(shapes).items():  # type: ignore[misc]
             before, where = needed.setdefault(option, (value, Path(path).name))
             if before != value:
-                raise ValueError(f"{where} needs {option} {before}, {Path(path).name} {value}: verify them one by one")
-    return {option: value for option, (value, _) in needed.items()}
+                raise ValueError(f"{where} and {Path(path).name} need different {option}: verify them one by one")
+    return {option: value for option, (value, _) in needed.items() if value is not None}
 
 
 def _said(path: Path, layout: Cases) -> dict[str, Any]:

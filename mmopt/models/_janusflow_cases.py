@@ -81,8 +81,9 @@ def cases(config: Any) -> Cases:
     def options(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """The size of what was painted, where it is not the one that the model has by default."""
         side = shapes.get("in.noise", ())[2:]
-        other = len(side) == 2 and side[0] == side[1] != config.latent_size
-        return {"latent_size": side[0]} if other else {}
+        if len(side) != 2 or side[0] != side[1]:
+            return {}
+        return {"latent_size": None if side[0] == config.latent_size else side[0]}
 
     return Cases(
         VISION_TAPS,

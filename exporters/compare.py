@@ -84,7 +84,9 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
     for name, node in stage.input_nodes().items():
         shape = [sizes[str(s)] if isinstance(s, sympy.Expr) else s for s in shape_of(node)]
         dtype = node.meta["dtype"]
-        if name == "past":
+        if name == "offset":
+            values[name] = torch.randint(0, 3, shape, generator=g)
+        elif name == "past":
             values[name] = torch.full(shape, PAST, dtype=dtype)
         elif dtype.is_floating_point:
             values[name] = torch.randn(shape, generator=g).to(dtype)
@@ -95,6 +97,8 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
             values[name] = torch.randint(0, most, shape, generator=g).to(dtype)
         if name == "key_mask":
             values[name][:, 0] = True
+        if name == "time":
+            values[name] = 1000 * torch.rand(shape, generator=g)
     return values
 
 

@@ -45,8 +45,10 @@ class Emitter:
         self.symbols: dict[sympy.Symbol, tuple[str, int]] = {}  # which input's which dimension a symbol is
         self._emitted: dict[Any, Any] = {}
         self._count: dict[str, int] = {}
+        self.one_sample = False  # whether an operator takes several rows on a cache of one sample only
         for input_name, node in stage.input_nodes().items():
-            self.values[node] = input_name
+            border = weights.at_border(input_name, node.meta["dtype"])
+            self.values[node] = self.cast(input_name, border, self.dtype(node))
             for dim, size in enumerate(shape_of(node)):
                 if isinstance(size, sympy.Symbol):
                     self.symbols.setdefault(size, (input_name, dim))
@@ -69,7 +71,7 @@ class Emitter:
             return self.values[x]
         if not is_const(x):
             raise self.error("its argument is not emitted yet")
-        name, inline = self.weights.add(x)
+        name, inline = self.weights.add(x, self.name)
         if inline is not None:
             self.initializers[name] = inline
         self.values[x] = name
@@ -85,7 +87,7 @@ class Emitter:
 
     def dtype(self, x: Node) -> torch.dtype:
         """The dtype `x` has in the exported graph."""
-        return self.weights.exported(x.meta["dtype"])
+        return self.weights.exported(x.meta["dtype"], self.name)
 
     def cast(self, name: str, old: torch.dtype, new: torch.dtype) -> str:
         return name if old == new else self.op("Cast", name, to=ONNX_TYPE[new])
@@ -160,12 +162,11 @@ class Emitter:
         outputs = self._name_outputs()
         needed = self._needed(set(outputs))
         used = {i for n in needed for i in n.input} | set(outputs)
-        infos = {node: name for name, node in self.stage.input_nodes().items()}
         graph = helper.make_graph(
             needed,
             self.name,
-            [self._info(name, node) for node, name in infos.items()],
-            [self._info(name, node) for name, node in zip(outputs, self.stage.output_nodes().values(), strict=True)],
+            [self._info(name, name, node) for name, node in self.stage.input_nodes().items()],
+            [self._info(o, k, n) for o, (k, n) in zip(outputs, self.stage.output_nodes().items(), strict=True)],
             [t for name, t in self.initializers.items() if name in used],
         )
         graph.initializer.extend(self.weights.reference(name) for name in self.weights.names() if name in used)
@@ -181,7 +182,9 @@ class Emitter:
         made = {o for n in self.nodes for o in n.output}
         for name, node in self.stage.output_nodes().items():
             wanted = output_name(self.stage, name)
-            value = self.value(node)
+            value = self.cast(self.value(node), self.dtype(node), self.weights.at_border(name, node.meta["dtype"]))
+            if value != self.values.get(node):
+                made.add(value)
             if value in made and value not in renamed:
                 renamed[value] = wanted
             else:  # an input or a constant passed on, or one value under two names
@@ -201,8 +204,9 @@ class Emitter:
                 wanted |= set(n.input)
         return kept[::-1]
 
-    def _info(self, name: str, node: Node) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, ONNX_TYPE[self.dtype(node)], plain_shape(shape_of(node)))
+    def _info(self, name: str, value: str, node: Node) -> onnx.ValueInfoProto:
+        kind = ONNX_TYPE[self.weights.at_border(value, node.meta["dtype"])]
+        return helper.make_tensor_value_info(name, kind, plain_shape(shape_of(node)))
 
     def _fresh(self, kind: str) -> str:
         kind = kind.lower()

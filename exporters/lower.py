@@ -102,6 +102,49 @@ def conv2d(e: Emitter, n: Node) -> str:
     return e.op("Conv", *ins, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def group_norm(e: Emitter, n: Node) -> str:
+    """Statistics of each group by InstanceNormalization of the groups as channels, then gain and bias."""
+    x, groups, gain, bias, eps = arguments(n, 2, None, None, 1e-5, True)[:5]
+    kind, channels = e.dtype(n), int(shape_of(x)[1])
+    ones, zeros = (e.constant(torch.full([groups], v, dtype=kind)) for v in (1, 0))
+    rows = e.op("Reshape", e.value(x), e.ints([0, groups, -1]))
+    out = e.op("InstanceNormalization", rows, ones, zeros, epsilon=eps)
+    out = e.op("Reshape", out, e.shape(shape_of(n)))
+    for kind_of, by in (("Mul", gain), ("Add", bias)):
+        if by is not None:
+            column = e.op("Reshape", e.operand(by, kind), e.ints([1, channels] + [1] * (len(shape_of(n)) - 2)))
+            out = e.op(kind_of, out, column)
+    return out
+
+
+def upsample(e: Emitter, n: Node) -> str:
+    """Nearest neighbours, by whole factors."""
+    x = n.args[0]
+    factors = [int(a) / int(b) for a, b in zip(shape_of(n)[2:], shape_of(x)[2:], strict=True)]
+    if any(f != int(f) for f in factors):
+        raise e.error(f"only whole factors are supported, found {factors}")
+    scales = e.constant(torch.tensor([1.0, 1.0, *factors]))
+    settings = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+    return e.op("Resize", e.value(x), "", scales, **settings)
+
+
+def pixel_shuffle(e: Emitter, n: Node) -> str:
+    return e.op("DepthToSpace", e.value(n.args[0]), blocksize=n.args[1], mode="CRD")
+
+
+def mean(e: Emitter, n: Node) -> str:
+    x, dims, keep = arguments(n, 1, None, False, None)[:3]
+    axes = list(range(len(shape_of(x)))) if dims is None else list(dims)
+    return e.op("ReduceMean", e.cast(e.value(x), e.dtype(x), e.dtype(n)), e.ints(axes), keepdims=int(keep))
+
+
+def vector_norm(e: Emitter, n: Node) -> str:
+    x, order, dims, keep = arguments(n, 1, 2, None, False, None)[:4]
+    if order != 2 or dims is None:
+        raise e.error(f"only norms of order 2 along given dimensions are supported, found {order} along {dims}")
+    return e.op("ReduceL2", e.cast(e.value(x), e.dtype(x), e.dtype(n)), e.ints(dims), keepdims=int(keep))
+
+
 def argmax(e: Emitter, n: Node) -> str:
     x, dim, keep = arguments(n, 1, None, False)
     if dim is None:
@@ -170,6 +213,12 @@ PLAIN: dict[Any, Rule] = {
     aten.to.dtype: to,
     aten.argmax.default: argmax,
     aten.clamp.default: clamp,
+    aten.group_norm.default: group_norm,
+    aten.upsample_nearest2d.default: upsample,
+    aten.upsample_nearest2d.vec: upsample,
+    aten.pixel_shuffle.default: pixel_shuffle,
+    aten.mean.dim: mean,
+    aten.linalg_vector_norm.default: vector_norm,
     aten.silu.default: silu,
     aten.scaled_dot_product_attention.default: masked_attention,
     aten.softmax.int: lambda e, n: e.op("Softmax", e.value(n.args[0]), axis=n.args[1]),

@@ -20,9 +20,9 @@ def attention_args(n: Node) -> tuple[Any, ...]:
 
 
 def cached_attention_args(n: Node) -> tuple[Any, ...]:
-    """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = arguments(n, 8, None, None)
-    return q, k, v, key_cache, value_cache, past, heads, kv_heads, scale_of(q, heads, scale), slopes
+    """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask."""
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, mask = arguments(n, 8, None, None, None)
+    return q, k, v, key_cache, value_cache, past, heads, kv_heads, scale_of(q, heads, scale), slopes, mask
 
 
 def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: bool) -> str | None:
@@ -108,7 +108,7 @@ def segment_attention(attend: Callable[..., str]) -> Rule:
 
 def scattered_attention(e: Emitter, n: Node) -> tuple:
     """Attention with a cache in standard operators: rows into the caches, then over the whole capacity with a mask."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = cached_attention_args(n)
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask = cached_attention_args(n)
     keys, values = (
         e.op("TensorScatter", e.value(cache), heads_of(e, x, kv_heads), e.value(past), axis=-2)
         for cache, x in ((key_cache, k), (value_cache, v))
@@ -119,6 +119,9 @@ def scattered_attention(e: Emitter, n: Node) -> tuple:
         e.constant(torch.arange(int(shape_of(key_cache)[2]))),
     )
     mask = e.op("LessOrEqual", slots, at)  # [B, 1, rows, capacity]
+    if key_mask is not None:  # a slot that is hidden is seen by its own row alone
+        shown = e.op("Unsqueeze", e.value(key_mask), e.ints([1, 2]))
+        mask = e.op("And", mask, e.op("Or", shown, e.op("Equal", slots, at)))
     if slopes is not None:
         mask = e.op("Where", mask, alibi(e, slopes, slots, at, kind), e.number(torch.finfo(kind).min, kind))
     out = e.op("Attention", heads_of(e, q, heads), keys, values, mask, scale=scale)

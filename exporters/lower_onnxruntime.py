@@ -35,12 +35,14 @@ from mmopt.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, MU
 def cached_attention(e: Emitter, n: Node) -> tuple:
     """GroupQueryAttention; the caches are written in place when the same buffer is bound as input and as output.
 
-    It takes several rows on top of a cache at batch 1 only; one row, or an empty cache, at any batch. Heads must be a
-    multiple of 8 wide; others take the standard operators.
+    It takes several rows on top of a cache at batch 1 only (engines feed such calls sample by sample); one row, or an
+    empty cache, at any batch. Heads must be a multiple of 8 wide, and nothing but causality may hide a slot; else it is
+    the standard operators.
     """
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes = cached_attention_args(n)
-    if int(shape_of(q)[-1]) // heads % 8:
+    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask = cached_attention_args(n)
+    if int(shape_of(q)[-1]) // heads % 8 or key_mask is not None:
         return scattered_attention(e, n)
+    e.one_sample = True
     rows = shape_of(q)[1]
     if rows != shape_of(k)[1]:
         raise e.error(f"attention with a cache needs as many query rows as key rows, found {rows} and {shape_of(k)[1]}")

@@ -125,10 +125,11 @@ def _write(
         from mmopt.exporters.lower_tensorrt import RULES
     store = Weights(program, dtype)
     stages = {name: s for name, s in program.stages.items() if not set(s.outputs) <= HOST_VALUES}
-    protos = {}
+    protos, emitters = {}, {}
     for name, stage in stages.items():
         tell(f"graph of {name}")
-        protos[name] = Emitter(name, stage, RULES, store).run()
+        emitters[name] = Emitter(name, stage, RULES, store)
+        protos[name] = emitters[name].run()
     external = [i for p in protos.values() for i in p.graph.initializer if i.data_location == i.EXTERNAL]
     store.keep({i.name for i in external})
     checkpoint = program.info.get("directory")
@@ -144,6 +145,8 @@ def _write(
         data = proto.SerializeToString()
         (directory / f"{name}.onnx").write_bytes(data)
         listed[name] = _describe(name, stages[name], store, hashlib.sha256(data).hexdigest())
+        if emitters[name].one_sample:  # several rows on a cache that is not empty: sample by sample
+            listed[name]["one_sample"] = True
     files = store.write(directory / FILE, header, tell)
     if linked:
         files["linked"] = [{"file": f, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for f, p in linked.items()]
@@ -168,15 +171,15 @@ def _write(
 
 
 def _describe(name: str, stage: Stage, store: Weights, digest: str) -> dict[str, Any]:
-    def value(node: Any) -> dict[str, Any]:
-        return {"shape": plain_shape(shape_of(node)), "dtype": _name(store.exported(node.meta["dtype"]))}
+    def value(k: str, node: Any) -> dict[str, Any]:
+        return {"shape": plain_shape(shape_of(node)), "dtype": _name(store.at_border(k, node.meta["dtype"]))}
 
     outputs = {}
     for k, node in stage.output_nodes().items():
-        outputs[k] = value(node)
+        outputs[k] = value(k, node)
         if output_name(stage, k) != k:
             outputs[k]["onnx"] = output_name(stage, k)
-    inputs = {k: value(node) for k, node in stage.input_nodes().items()}
+    inputs = {k: value(k, node) for k, node in stage.input_nodes().items()}
     return {"file": f"{name}.onnx", "sha256": digest, "inputs": inputs, "outputs": outputs}
 
 

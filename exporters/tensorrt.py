@@ -97,13 +97,20 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
             frames = info.get("max_frames") or MOST_FRAMES
             ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
+        painted = []
+        if flow := info.get("flow"):  # a prompt of all samples, and an image with the row that tells the time
+            both, rows = (1, 2 * batch, 2 * batch), (flow["rows"],) * 3
+            painted = [{"B": both, "nv": none, "nt": text(context)}, {"B": both, "nv": one, "nt": rows}]
         ranges = [
+            *painted,
             {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},
             {"B": one, "nv": none, "nt": text(context)},
             {"B": (1, batch, batch), "nv": none, "nt": one},
         ]
     else:
-        ranges = [{"B": (1, 1, batch), "N": (1, 1, images), "nt": text(context)}]
+        if info.get("flow"):  # both halves of the guidance, and tables of all steps at once
+            batch = max(2 * batch, info["flow"]["steps"])
+        ranges = [{"B": (1, 1, batch), "n": text(context), "N": (1, 1, images), "nt": text(context)}]
 
     def shape(sizes: Iterable[int | str], which: int, r: dict[str, tuple[int, int, int]]) -> tuple[int, ...]:
         return tuple(s if isinstance(s, int) else r[s][which] for s in sizes)

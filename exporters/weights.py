@@ -72,20 +72,30 @@ class Weights:
         self._ids: dict[Any, int] = {}
         self._node_ids: dict[Node, int] = {}
 
-    def exported(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in the bundle of a value that has `dtype` in the program."""
-        return self.dtype if dtype == self.program.info["torch_dtype"] else dtype
+    def exported(self, dtype: torch.dtype, stage: str | None = None) -> torch.dtype:
+        """The dtype in the bundle of a value that has `dtype` in the program.
+
+        Stages that ``info["full_precision_stages"]`` names are never in float16, whose range is too small for them.
+        """
+        if dtype != self.program.info["torch_dtype"]:
+            return dtype
+        full = self.dtype == torch.float16 and stage in self.program.info.get("full_precision_stages", ())
+        return torch.float32 if full else self.dtype
+
+    def at_border(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of an input or output of a stage; what ``info["full_precision_values"]`` names keeps its own."""
+        return dtype if name in self.program.info.get("full_precision_values", ()) else self.exported(dtype)
 
     def names(self) -> list[str]:
         return list(self.constants)
 
-    def add(self, node: Node) -> tuple[str, TensorProto | None]:
+    def add(self, node: Node, stage: str | None = None) -> tuple[str, TensorProto | None]:
         """The name of a constant node; scalars and short lists of integers come with data, to stand in the graph."""
         key = self._identity(node)
         if key in self._inline:
             return self._inline[key]
         if key not in self._names:
-            dtype, shape = self.exported(node.meta["dtype"]), shape_of(node)
+            dtype, shape = self.exported(node.meta["dtype"], stage), shape_of(node)
             name = self._name(node)
             size = torch.Size(shape).numel()
             if size <= 1 or (len(shape) == 1 and size <= 64 and not dtype.is_floating_point):

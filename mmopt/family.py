@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,7 +98,7 @@ class Cases:
     atol: float
     rtol: float
     recordings: tuple[Recording, ...] = (Recording({"in.*": "in.*", "out.*": "out.*"}),)
-    values: dict[str, str | tuple[str, int]] = field(default_factory=dict)
+    values: Mapping[str, str | tuple[str, int]] = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
     tiles: str | None = None
     left_padding: bool = False

@@ -34,9 +34,7 @@ GROUP_NORM, PIXEL_SHUFFLE = aten.group_norm.default, aten.pixel_shuffle.default
 REDUCTIONS = {  # -> the argument that says along which dimensions
     aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.linalg_vector_norm.default: 2,
 }  # fmt: skip
-# Operators that work sample by sample only, and which argument of a reduction names the dimensions that it reduces.
-BY_SAMPLE = {aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec, aten.pixel_shuffle.default}
-REDUCTIONS = {aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.linalg_vector_norm.default: 2}
+UPSAMPLE = {aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec}
 HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, SEGMENT_ATTENTION}
 
 
@@ -254,12 +252,10 @@ def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
     if op is CROSS_ATTENTION:
         rules: dict[int, dict[int, Any]] = {0: {0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 1: {0: 1, 1: None, 2: None, 3: 1, 4: 1}}
         return rules.get(dim)
-    if op is CONV2D or op is aten.group_norm.default:
-        return {0: 0, 1: None, 2: None, 3: None} if dim == 0 else None
-    if op in BY_SAMPLE:
-        return {0: 0} if dim == 0 else None
-    if op in REDUCTIONS:
-        return _kept_dim(node, dim)
+    if op is CONV2D:
+        return {0: 0, 1: None, 2: None} if dim == 0 else None
+    if op in UPSAMPLE:
+        return {0: dim} if dim < 2 else None
     if op is GROUP_NORM:
         return {0: 0, 2: None, 3: None} if dim == 0 else None
     if op is PIXEL_SHUFFLE:
@@ -274,19 +270,6 @@ def operand_dims(node: Node, dim: int) -> dict[int, Any] | None:
     if is_pointwise(op):
         return {i: broadcast(a) for i, a in enumerate(args) if isinstance(a, Node)}
     return None
-
-
-def _kept_dim(node: Node, dim: int) -> dict[int, Any] | None:
-    """The dimension of the operand that dimension `dim` of a reduction is."""
-    place = REDUCTIONS[node.target]
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    dims = node.args[place] if len(node.args) > place else None
-    keep = len(node.args) > place + 1 and node.args[place + 1]
-    if not dims:
-        return None
-    reduced = {d % rank for d in dims}  # type: ignore[operator,union-attr]
-    kept = list(range(rank)) if keep else [d for d in range(rank) if d not in reduced]
-    return {0: kept[dim]} if kept[dim] not in reduced else None
 
 
 def _reshape_dim(old: tuple, new: tuple, dim: int) -> dict[int, Any] | None:

@@ -24,6 +24,9 @@ _WHERE = {
     "replay": "mmopt.cases",
     "inspect": "mmopt.inspection",
     "bench": "mmopt.benchmark",
+    "fit_flow_schedule": "mmopt.flow_schedule",
+    "FlowPlan": "mmopt.flow_plan",
+    "Drift": "mmopt.flow_frontier",
 }
 __all__ = [*sorted(_WHERE), "__version__"]
 
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from mmopt.engine import Engine as Engine
     from mmopt.engine import EngineError as EngineError
     from mmopt.exporters.onnx import export as export
+    from mmopt.flow_frontier import Drift as Drift
+    from mmopt.flow_plan import FlowPlan as FlowPlan
+    from mmopt.flow_schedule import fit_flow_schedule as fit_flow_schedule
     from mmopt.inspection import inspect as inspect
     from mmopt.pipeline import optimize as optimize
     from mmopt.program import Program as Program

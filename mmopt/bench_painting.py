@@ -22,12 +22,11 @@ from mmopt.benchmark import device_name
 from mmopt.checkpoint import Model
 from mmopt.contracts import ContractError, difference
 from mmopt.engine import Engine
-from mmopt.engine_painting import draw_noise
 from mmopt.figures import spread
 from mmopt.flow_plan import FlowPlan
 from mmopt.inspection import inspect
 from mmopt.limits import probes, summary, timed
-from mmopt.painting import choose_plan
+from mmopt.painting import choose_plan, draw_noise
 from mmopt.solvers import make_plan
 
 ENGINES = {

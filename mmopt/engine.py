@@ -14,9 +14,9 @@ import numpy as np
 from mmopt import beams
 from mmopt.chat import Chat, Stream
 from mmopt.decoding import Cache, Decoder, Job
-from mmopt.engine_painting import Painting, draw_noise, paint, shown
+from mmopt.engine_painting import Painting, paint, shown
 from mmopt.flow_plan import FlowPlan
-from mmopt.painting import choose_plan
+from mmopt.painting import choose_plan, draw_noise
 from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, TextProcessor

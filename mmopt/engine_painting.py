@@ -134,13 +134,6 @@ def _stored(t: Tensor) -> np.ndarray:
     return t.owner if isinstance(t.owner, np.ndarray) else t.owner.numpy()
 
 
-def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
-    """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream."""
-    seeds = np.random.SeedSequence(seed).spawn(images)
-    shape = info["flow"]["latents"]
-    return np.stack([np.random.default_rng(s).standard_normal(shape, np.float32) for s in seeds])
-
-
 @contextmanager
 def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr for True, else the given function or nothing."""

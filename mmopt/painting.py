@@ -162,6 +162,13 @@ class Painter:
         return self.cat([p if p.shape[0] == samples else self.expand(p, samples) for p in parts], source.dim)
 
 
+def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
+    """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream."""
+    seeds = np.random.SeedSequence(seed).spawn(images)
+    shape = info["flow"]["latents"]
+    return np.stack([np.random.default_rng(s).standard_normal(shape, np.float32) for s in seeds])
+
+
 def plan_of(plan: FlowPlan | None, info: dict[str, Any]) -> FlowPlan:
     """The plan, by default that of the program, else the reference's."""
     if plan is None and "plan" in info["flow"]:

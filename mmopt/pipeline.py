@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mmopt.contracts import BUDGET, ContractError, compare
+from mmopt.flow_frontier import Drift
 from mmopt.passes.drop_hidden_rows import DropHiddenRows
 from mmopt.passes.drop_unread_rows import DropUnreadRows
 from mmopt.passes.fold_constants import FoldConstants
@@ -55,8 +56,14 @@ def optimize(
     passes: Sequence[Pass] | None = None,
     check: bool | None = None,
     observers: Sequence[Observer] = (),
+    budget: Drift | None = None,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> Result:
     """Run `passes` (by default the exact ones). The input Program is not changed.
+
+    With a `budget` of drift, a Program that paints then gets the plan of fewest passes that keeps it, measured on
+    `prompts` (ids, of the form that will be served); what was measured stands in the report. If no plan keeps the
+    budget, the nearest is taken and the report says so.
 
     After each exact pass the Program is compared with the one before it on fresh random inputs at two sizes. `check`
     None does so where it is affordable and says so in the report where it is not. A pass that breaks its promise raises
@@ -92,7 +99,25 @@ def optimize(
         result = Result(made, [*result.reports, report])
         for tell in observers:
             tell(p.name, report)
-    return result
+    return result if budget is None else within(result, budget, prompts)
+
+
+def within(result: Result, budget: Drift, prompts: Sequence[Sequence[int]]) -> Result:
+    """A Program that paints, with the cheapest plan that keeps a budget of drift."""
+    from mmopt.flow_frontier import frontier_text
+    from mmopt.flow_schedule import reduce_to_budget
+    from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
+
+    if not result.program.painting:
+        raise ValueError(
+            f"a budget of drift is for programs that paint; {result.program.info['family']} paints no images"
+        )
+    choice, rows = reduce_to_budget(result.program, prompts, budget)
+    plan = choice.row.plan
+    made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)
+    report.checked = f"drift: mean {choice.row.mean:.3g}, p90 {choice.row.p90:.3g}; {choice.reason}"
+    report.did(frontier_text(rows).rstrip())
+    return Result(made, [*result.reports, report])
 
 
 def why_unchecked(program: Program) -> str | None:

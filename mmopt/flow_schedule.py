@@ -1,0 +1,93 @@
+"""Plans fitted to a program that paints: which solver, how many steps, and what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmopt.flow_fitting import FitResult, fit_plan
+from mmopt.flow_frontier import Choice, Drift, Row, search
+from mmopt.flow_plan import FlowPlan
+from mmopt.flow_reference import reference
+from mmopt.painting import draw_noise
+from mmopt.program import Program
+from mmopt.solvers import make_plan
+from mmopt.velocity import ProgramVelocity
+
+SAMPLES = 48  # images that a plan is fitted to, and as many again to check it on
+
+
+def fit_flow_schedule(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    nfe: int,
+    guidance: float | None = None,
+    samples: int = SAMPLES,
+    held_out: Sequence[Sequence[int]] | None = None,
+    form: str = "",
+    seed: int = 0,
+    fine: int = 120,
+    trials: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> FitResult:
+    """Fit a solver of `nfe` evaluations to what a program paints of prompts of one form (`mmopt.flow_fitting`).
+
+    prompts: ids, each with one more for the place of the picture; `samples` noises are drawn for them in turn, and as
+    many again, of other noises, for `held_out` (by default the same prompts) to check the plan on. guidance: by default
+    the model's. fine: evaluations of the solution that plans are compared with. trials: grids of times to try. The
+    result's ``plan`` is Adams-Bashforth where the fit does not win, and its ``reason`` says so; to keep it in the
+    program and its engines: ``ReduceFlowSteps(result.plan, [result.plan])``. A fit is good for this form and guidance.
+    """
+    velocity, noise, weight = drawn(program, [prompts, held_out or prompts], samples, guidance, seed, progress)
+    return fit_plan(
+        velocity, noise, nfe, weight, held_out=[i >= samples for i in range(2 * samples)], trials=trials, truth=fine,
+        model=str(program.info["family"]), form=form,
+    )  # fmt: skip
+
+
+def drawn(
+    program: Program,
+    groups: Sequence[Sequence[Sequence[int]]],
+    samples: int,
+    guidance: float | None,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ProgramVelocity, np.ndarray, float]:
+    """The velocity of `samples` images for each group of prompts, their noise, and the guidance."""
+    if samples < 1 or not all(groups):
+        raise ValueError(f"samples is {samples} and {sum(map(len, groups))} prompts were given, expected at least one")
+    listed = [g[i % len(g)] for g in groups for i in range(samples)]
+    noise = draw_noise(len(listed), program.info, seed)
+    weight = program.info["flow"]["guidance"] if guidance is None else guidance
+    return ProgramVelocity(program, listed, progress=progress), noise, weight
+
+
+def reduce_to_budget(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    budget: Drift,
+    steps: Sequence[int] = (5, 6, 7, 8, 9, 10, 12, 16, 20, 30),
+    guidance: float | None = None,
+    samples: int = 16,
+    seed: int = 0,
+    fine: int = 120,
+) -> tuple[Choice, list[Row]]:
+    """The plan of fewest passes whose drift keeps a budget, and all that were measured on the way there.
+
+    At each number of steps a plan is fitted and AB2 is tried too; both are measured on noises that no fit has seen. If
+    no plan keeps the budget the best one is chosen, and the choice says so.
+    """
+    velocity, noise, weight = drawn(program, [prompts], samples, guidance, seed + 1)
+
+    def plans() -> Iterator[FlowPlan]:
+        for n in sorted(steps):
+            yield fit_flow_schedule(program, prompts, n, weight, max(8, samples), seed=seed, fine=fine).plan
+            yield make_plan("ab2", n, weight)
+
+    return search(velocity, noise, plans(), reference(velocity, noise, weight, fine), budget)
+
+
+def as_json(choice: Choice, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"met": choice.met, "reason": choice.reason, "rows": [r.to_json() for r in rows]}

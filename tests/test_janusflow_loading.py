@@ -207,7 +207,7 @@ def test_ids_that_only_the_tokenizer_knows(tmp_path, tensors, said):
 
 def test_the_command_line(tmp_path, tensors):
     folder = written(tmp_path / "model", tensors)
-    size = ["--context", "80", "--json"]
+    size = ["--context", "128", "--json"]
     bare = CliRunner().invoke(app, ["inspect", str(folder), "--set", "latent_size=16", *size])
     full = CliRunner().invoke(app, ["inspect", str(folder), "--vae", str(VAE), *size])
     assert (bare.exit_code, full.exit_code) == (0, 0)

@@ -200,7 +200,7 @@ def choose_plan(
         if solver == "fitted":
             there = ", ".join(f"{p.evaluations} steps at guidance {p.guidance:g}" for p in held) or "none"
             raise ValueError(f"no plan was fitted for {count} steps at guidance {weight:g}; there is {there}")
-    return make_plan(solver or "ab2", count, guidance=weight)
+    return make_plan("ab2" if solver is None else solver, count, guidance=weight)
 
 
 def torch_painter(

@@ -159,13 +159,15 @@ class Engine:
         """
         if not self.facts.get("painting"):
             raise EngineError(f"{self.directory}: {self.info['family']} paints no images")
+        if isinstance(prompts, str):
+            raise EngineError("prompts is one text, expected a list of prompts")
         if not len(prompts):
             raise EngineError("no prompt was given")
         with _engine_errors():
             ids = [self._painting_ids(p) for p in prompts]
             plan = choose_plan(solver, steps, guidance, self.info)
-        if noise is None:
-            noise = draw_noise(len(ids), self.info, seed)
+            if noise is None:
+                noise = draw_noise(len(ids), self.info, seed)
         with shown(progress, plan.evaluations * -(-len(ids) // self.info["batch"])) as tell:
             return paint(self.decoder, self.facts, ids, noise, plan, trajectory, tell, observe)
 

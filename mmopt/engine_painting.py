@@ -166,6 +166,8 @@ def paint(
     `Program.paint`, with arrays. Raises EngineError for a wrong prompt or noise.
     """
     info, latents = facts["info"], tuple(facts["info"]["flow"]["latents"])
+    if not isinstance(noise, np.ndarray):
+        raise EngineError(f"noise is {type(noise).__name__}, expected an array of numpy")
     if noise.shape != (len(prompts), *latents) or noise.dtype != np.float32:
         raise EngineError(
             f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"

@@ -163,7 +163,12 @@ class Painter:
 
 
 def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
-    """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream."""
+    """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream.
+
+    Raises ValueError for a seed that is not a whole number of at least 0, or None.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
+        raise ValueError(f"seed is {seed!r}, expected a whole number of at least 0")
     seeds = np.random.SeedSequence(seed).spawn(images)
     shape = info["flow"]["latents"]
     return np.stack([np.random.default_rng(s).standard_normal(shape, np.float32) for s in seeds])

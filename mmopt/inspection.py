@@ -177,15 +177,15 @@ def inspect(
     images: int | None = None,
     context: int | None = None,
     new_tokens: int = 64,
-    prompt_length: int = PROMPT,
+    prompt_length: int | None = None,
     steps: int | None = None,
 ) -> dict[str, Any]:
     """Count a Program: what ``mmopt inspect --json`` prints.
 
     The schedule is followed for `batch` samples with the typical prompt of `images` images each (by default as many as
     the program was traced for) and up to `new_tokens` tokens; where a model paints, also for one image of a prompt of
-    `prompt_length` ids and `steps` guided steps (by default the reference's). Raises ValueError if the images or the
-    prompt do not fit the context.
+    `prompt_length` ids (by default 32, or as many as fit) and `steps` guided steps (by default the reference's). Raises
+    ValueError if the images or the prompt do not fit the context.
     """
     given = {"batch": batch, "images": images, "context": context}
     info = program.info | {k: v for k, v in given.items() if v is not None}
@@ -195,8 +195,12 @@ def inspect(
     chunks = plan([prompt] * info["batch"], info, new_tokens)
     calls = _calls(program, info, chunks, rows, new_tokens)
     conventions = [*CONVENTIONS, _prompt_text(info, prompt, rows)]
-    if program.painting:
+    room = program.info["context"] - info["flow"]["rows"] if program.painting else 0
+    if program.painting and prompt_length is None and room < 2:
+        conventions.append("painting: not counted, the context holds no image with a prompt of two ids.")
+    elif program.painting:
         steps = steps or info["flow"]["steps"]
+        prompt_length = min(PROMPT, room) if prompt_length is None else prompt_length
         calls += Count(program, prompt_length, 1, steps).run()
         conventions.append(f"painting: one image of a prompt of {prompt_length} ids, {steps} guided steps.")
     return {

@@ -169,7 +169,8 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
                 return Difference(stage, name, node, *found)
         for stage, name, _ in missing:
             return Difference(stage, name, "no longer made", float("inf"), 0.0)
-        if before.painting and (wrong := compare_painting(before, after, weights, size, seed)):
+        paints = before.painting and before.info["context"] - before.info["flow"]["rows"] >= 2  # else no image fits
+        if paints and (wrong := compare_painting(before, after, weights, size, seed)):
             return wrong
     return None
 

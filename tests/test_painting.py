@@ -208,6 +208,20 @@ def test_text_is_answered_too(plain, optimized):
     assert optimized(**given)["tokens"] == plain(**given)["tokens"]
 
 
+@pytest.mark.parametrize("context", [17, 18, 20])
+def test_small_contexts(context):
+    """A prompt of two ids and an image take 18 rows; with fewer a program still answers text, and can be optimized."""
+    before = toy.program(context=context)
+    after = optimize(before, check=True).program
+    given = {"prompts": [[5, 6, 7]], "max_new_tokens": 3, "ignore_eos": True}
+    assert after(**given)["tokens"] == before(**given)["tokens"]
+    if context == 17:
+        with pytest.raises(ValueError, match="takes 1 rows and an image 17, but the cache holds 17"):
+            after.paint([[1, 2]], noise(1))
+    else:
+        close(after.paint([[1, 2]], noise(1)), before.paint([[1, 2]], noise(1)))
+
+
 def test_checks_hold_for_all_passes(plain):
     result = optimize(plain, check=True)
     done = {r.name for r in result.reports if r.rewrites}

@@ -193,7 +193,7 @@ def _fit_rows(
     spread = np.zeros((steps, 2 * steps))  # v_j -> both passes, with the last known difference of the two
     for j in range(steps):
         last = int(np.flatnonzero(guided[: j + 1])[-1]) if w != 1 else j
-        spread[j, [j, last, steps + last]] += [1.0, 0.0, 0.0]
+        spread[j, j] += 1  # one after the other: j and last may be the same place
         spread[j, last] += w - 1
         spread[j, steps + last] += 1 - w
     columns = [0]

@@ -145,6 +145,9 @@ def test_unconditional_passes_at_some_evaluations(steps, every, fine):
         cond[:, j - j % every] += b
         uncond[:, j - j % every] -= b
     held_difference = FlowPlan("held", kept.times, kept.a, cond, uncond, made, 2.0)
+    start = fit_plan(smooth, noises(), steps, 2.0, truth=fine["smooth"], unconditional=made, ridges=()).fitted
+    np.testing.assert_allclose(start.cond, cond, atol=1e-12)  # where the fit starts from
+    np.testing.assert_allclose(start.uncond, uncond, atol=1e-12)
     lagged = solve(held_difference, smooth, noises())[-1]
     assert held["fitted"] < 0.5 * relative_errors(lagged, fine["smooth"].result)[-38:].mean()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmopt import ops
 from mmopt.models._decoder_config import DecoderConfig
+from mmopt.models._stages import on_caches
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -184,11 +185,11 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, c: DecoderConfig):
+    def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -200,7 +201,7 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.self_attn = LlamaAttention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = LlamaMLP(c)
+        self.mlp = LlamaMLP(c.hidden_size, c.intermediate_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
@@ -360,25 +361,8 @@ class Decoder(nn.Module):
         c, keys, values = self.config, list(keys), list(values)
         slopes = self.slopes if self.kind.positions == "alibi" else None
 
-        def attend_in(i):
-            def attend(q, k, v):
-                out, keys[i], values[i] = ops.cached_attention(
-                    q,
-                    k,
-                    v,
-                    keys[i],
-                    values[i],
-                    past,
-                    c.num_attention_heads,
-                    c.num_key_value_heads,
-                    slopes=slopes,
-                )
-                return out
-
-            return attend
-
         positions = past[:, None] + torch.arange(x.shape[1], device=x.device)
-        attends = [attend_in(i) for i in range(c.num_hidden_layers)]
+        attends = on_caches(c, keys, values, past, slopes)
         return self.decode_rows(x, positions, attends, *more), past + x.shape[1], keys, values
 
 

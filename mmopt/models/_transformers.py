@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmopt import ops
 from mmopt.family import Cross, StageSpec, TensorSpec
+from mmopt.models._stages import Part, on_caches
 
 Inputs = dict[str, TensorSpec | list[TensorSpec]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length of a text
@@ -244,21 +245,12 @@ class LanguageModel(nn.Module):
         keys, values = list(key_cache), list(value_cache)
         positions = past[:, None] + torch.arange(text.shape[1], device=text.device)
 
-        def attend_in(i: int) -> Callable:
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out, keys[i], values[i] = ops.cached_attention(
-                    q, k, v, keys[i], values[i], past, c.num_attention_heads, c.num_key_value_heads
-                )
-                return out
-
-            return attend
-
         logits = self.root.decode_rows(
             text,
             self.root.angles(positions, self.capacity),
             media,
             sight,
-            [attend_in(i) for i in range(c.num_hidden_layers)],
+            on_caches(c, keys, values, past),
         )
         return logits, past + text.shape[1], keys, values
 
@@ -273,17 +265,6 @@ class WithSees(LanguageModel):
 
     def forward(self, text, media, seen, attends, sees, past, key_cache, value_cache):
         return self.run(text, media, (seen, attends, sees), past, key_cache, value_cache)
-
-
-class Part(nn.Module):
-    """A stage that is one function of the model."""
-
-    def __init__(self, model: CrossModel, run: Callable):
-        super().__init__()
-        self.root, self.run = model, run
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.run(self.root, *args)
 
 
 def text_stages(

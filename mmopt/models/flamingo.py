@@ -19,6 +19,7 @@ from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._decoders import ACTIVATIONS, Decoder
 from mmopt.models._flamingo_cases import cases
 from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
+from mmopt.models._stages import Part
 
 
 @dataclass(frozen=True)
@@ -350,17 +351,6 @@ class LanguageModel(nn.Module):
         value_cache: list[Tensor],
     ):
         return self.root.lang_encoder.step(text, past, key_cache, value_cache, media, seen, attends)
-
-
-class Part(nn.Module):
-    """A stage that is one function of the model."""
-
-    def __init__(self, model: Flamingo, run):
-        super().__init__()
-        self.root, self.run = model, run
-
-    def forward(self, *args):
-        return self.run(self.root, *args)
 
 
 def stages(model: Flamingo, capacity: int) -> dict[str, StageSpec]:

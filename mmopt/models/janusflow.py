@@ -8,7 +8,6 @@ autoencoder of SDXL makes a picture of the last latents. Modules are named as th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from mmopt import ops
 from mmopt.family import Family, StageSpec, TensorSpec
 from mmopt.models._autoencoder import AutoencoderKL
+from mmopt.models._decoders import LlamaLayer, RMSNorm
 from mmopt.models._janusflow_cases import cases
 from mmopt.models._janusflow_config import Config, TowerConfig, parse_config
-from mmopt.models._janusflow_flow import FlowDecoder, FlowEncoder, RMSNorm
+from mmopt.models._janusflow_flow import FlowDecoder, FlowEncoder
 from mmopt.models._janusflow_loading import assemble
+from mmopt.models._stages import Part, on_caches
 
 IMAGE_ID = -200  # stands for one image among token ids; the published tokenizer's <image_placeholder> is written there
 IMAGE_MARKER, END_OF_IMAGE = "<image_placeholder>", "<end_of_image>"
@@ -91,51 +92,11 @@ class Tower(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------- language model
-class SelfAttention(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        kv_width = c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        q = ops.rotary(self.q_proj(x), cos, sin, self.heads)
-        k = ops.rotary(self.k_proj(x), cos, sin, self.kv_heads)
-        return self.o_proj(attend(q, k, self.v_proj(x)))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = SelfAttention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 class Llama(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(LlamaLayer(c.language) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         w = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
         self.register_buffer("inv_freq", w, persistent=False)
@@ -306,28 +267,8 @@ class LanguageModel(nn.Module):
         positions = (past[:, None] + offset[:, None] + torch.arange(x.shape[1], device=x.device)).clamp(min=0)
         keys, values = list(key_cache), list(value_cache)
 
-        def attend_in(i: int) -> Callable:
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                heads = c.num_attention_heads, c.num_key_value_heads
-                made = ops.cached_attention(q, k, v, keys[i], values[i], past, *heads, None, None, seen)
-                out, keys[i], values[i] = made
-                return out
-
-            return attend
-
-        hidden = self.root.decode_rows(x, positions, [attend_in(i) for i in range(c.num_hidden_layers)])
+        hidden = self.root.decode_rows(x, positions, on_caches(c, keys, values, past, seen=seen))
         return hidden, past + x.shape[1], keys, values
-
-
-class Part(nn.Module):
-    """A stage that is one function of the model."""
-
-    def __init__(self, model: JanusFlow, run: Callable):
-        super().__init__()
-        self.root, self.run = model, run
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.run(self.root, *args)
 
 
 def stages(model: JanusFlow, capacity: int) -> dict[str, StageSpec]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
+from mmopt.models._stages import Part
 from mmopt.models._transformers import (
     RECORDED,
     Adopted,
@@ -21,7 +22,6 @@ from mmopt.models._transformers import (
     CrossModel,
     DecoderLayer,
     Inputs,
-    Part,
     VisionAttention,
     check,
     check_language,

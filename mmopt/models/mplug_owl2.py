@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mmopt import ops
 from mmopt.family import Cases, Family, StageSpec, TensorSpec, read_config
+from mmopt.models._decoders import LlamaMLP, RMSNorm
+from mmopt.models._stages import Part, on_caches
 
 IMAGE_ID = -200  # the reference's placeholder for one image among token ids
 IMAGE_MARKER = "<|image|>"
@@ -306,16 +308,6 @@ class Abstractor(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------- language model
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Multiway(nn.Module):
     """Branch 1 where a row is visual, branch 0 where it is text. This is the definition; no one should run it as is."""
 
@@ -343,24 +335,13 @@ class SelfAttention(nn.Module):
         return self.o_proj(attend(q, k, self.v_proj(x, is_visual)))
 
 
-class MLP(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.input_layernorm = Multiway(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps))
         self.self_attn = SelfAttention(c)
         self.post_attention_layernorm = Multiway(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps))
-        self.mlp = MLP(c)
+        self.mlp = LlamaMLP(c.hidden_size, c.intermediate_size)
 
     def forward(self, x: Tensor, is_visual: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x, is_visual), is_visual, cos, sin, attend)
@@ -436,28 +417,8 @@ class LanguageModel(nn.Module):
         positions = past[:, None] + torch.arange(x.shape[1], device=x.device)
         keys, values = list(key_cache), list(value_cache)
 
-        def attend_in(i):
-            def attend(q, k, v):
-                out, keys[i], values[i] = ops.cached_attention(
-                    q, k, v, keys[i], values[i], past, c.num_attention_heads, c.num_key_value_heads
-                )
-                return out
-
-            return attend
-
-        logits = self.root.decode_rows(x, is_visual, positions, [attend_in(i) for i in range(c.num_hidden_layers)])
+        logits = self.root.decode_rows(x, is_visual, positions, on_caches(c, keys, values, past))
         return logits, past + x.shape[1], keys, values
-
-
-class Part(nn.Module):
-    """A stage that is one function of the model."""
-
-    def __init__(self, model: MplugOwl2, run):
-        super().__init__()
-        self.root, self.run = model, run
-
-    def forward(self, *args):
-        return self.run(self.root, *args)
 
 
 def stages(model: MplugOwl2, capacity: int) -> dict[str, StageSpec]:

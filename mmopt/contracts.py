@@ -115,12 +115,18 @@ def index_limit(node: Node) -> int | None:
     return min(tables, default=None)
 
 
+def with_weights(program: Program, weights: dict[str, Tensor]) -> Program:
+    """The Program on other weights, with none of the constants that were computed from its own."""
+    made = program.copy()
+    made.weights = {k: weights[k] for k in program.weights}
+    made.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}
+    return made
+
+
 def record(program: Program, weights: dict[str, Tensor], inputs: dict[str, Any]) -> list[tuple[str, str, str, Tensor]]:
     """Every stage output of one run: (stage, output, node, value). Caches only up to the rows in use."""
     rows: list[tuple[str, str, str, Tensor]] = []
-    run = program.copy()
-    run.weights = {k: weights[k] for k in program.weights}
-    run.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}  # constants of these weights only
+    run = with_weights(program, weights)
 
     def observe(phase, call, made, chunk):
         nodes = run.stages[call.stage].output_nodes()
@@ -196,9 +202,7 @@ def compare_painting(
     values = []
     for program in (before, after):
         found: list[tuple[str, str, str, Tensor]] = []
-        run = program.copy()
-        run.weights = {k: weights[k] for k in program.weights}
-        run.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}
+        run = with_weights(program, weights)
 
         def observe(phase, call, made, chunk, run=run, found=found):
             for name in ("velocity", "image"):

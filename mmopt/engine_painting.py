@@ -11,14 +11,12 @@ import numpy as np
 
 from mmopt.decoding import Decoder
 from mmopt.flow_plan import FlowPlan
-from mmopt.painting import Painter, Samples, lay_out, plan_of
-from mmopt.schedule import from_json
+from mmopt.painting import Painter, Samples, lay_out, levels, plan_of
+from mmopt.schedule import from_json, is_cache
 from mmopt.session import EngineError, StageSession, Tensor, from_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-CACHES = ("key_cache", "value_cache")
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,12 @@ class Painting:
     trajectory: list[np.ndarray] | None = None
 
     def images(self) -> list[Image]:
-        """Pictures of 8 bits, rounded down as the reference's demo does."""
+        """Pictures of 8 bits, see `mmopt.painting.levels`."""
         from PIL import Image
 
         if self.pixels is None:
             raise EngineError("this engine has no decoder of images: export it from a checkpoint with its VAE")
-        levels = ((np.clip(self.pixels, -1, 1) + 1) / 2 * 255).astype(np.uint8)
-        return [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in levels]
+        return [Image.fromarray(np.ascontiguousarray(x)) for x in levels(self.pixels)]
 
 
 class EnginePainter(Painter):
@@ -61,7 +58,7 @@ class EnginePainter(Painter):
         self.info, both = facts["info"], 2 * self.count
         model = decoder.language
         self.model_name = model.name
-        self.cached = [k for k in model.inputs if k.partition(".")[0] in CACHES]
+        self.cached = [k for k in model.inputs if is_cache(k)]
         self.caches = {
             k: Tensor.zeros((both, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
             for k in self.cached
@@ -78,8 +75,8 @@ class EnginePainter(Painter):
         return np.broadcast_to(x, (samples, *x.shape[1:]))
 
     def _read(self, source: Any) -> Any:
-        if isinstance(source, str) and source.rpartition(".")[0].rpartition(".")[2] in CACHES:
-            return self.caches[".".join(source.split(".")[-2:])][: self.lanes]  # one memory, whatever its name
+        if isinstance(source, str) and is_cache(name := ".".join(source.split(".")[-2:])):
+            return self.caches[name][: self.lanes]  # one memory, whatever the value is called before that
         return super()._read(source)
 
     def run_stage(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +137,9 @@ def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[C
     if progress is not True:
         yield progress or None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError as e:
-        raise EngineError("a progress bar needs rich: pip install 'mmopt[cli]', or give a function") from e
+    from rich.console import Console
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("painting", total=total)
         yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,3 @@ def reduce_to_budget(
             yield make_plan("ab2", n, weight)
 
     return search(velocity, noise, plans(), reference(velocity, noise, weight, fine), budget)
-
-
-def as_json(choice: Choice, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"met": choice.met, "reason": choice.reason, "rows": [r.to_json() for r in rows]}

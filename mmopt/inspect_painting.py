@@ -9,6 +9,7 @@ import sympy
 
 from mmopt.graph import shape_of
 from mmopt.program import Call, Cat, Loop, Program
+from mmopt.schedule import is_cache, table_of
 
 if TYPE_CHECKING:
     from mmopt.inspection import Work
@@ -42,7 +43,7 @@ class Count:
         }
         self.values |= {k: (both,) for k in ("prompt.begin", "prompt.end", "prompt.offset", "image.offset")}
         for k, (shape, _) in program.state.items():
-            if k.partition(".")[0] in ("key_cache", "value_cache"):
+            if is_cache(k):
                 self.values[k] = (both, *(int(s) for s in shape[1:]))
         self.filled = {"prompt.begin": 0}  # rows in the caches, by the value that says so
         self.calls: list[dict[str, Any]] = []
@@ -63,7 +64,7 @@ class Count:
             made[source.dim] = sum(s[source.dim] for s in shapes)
             return tuple(made)
         if source.startswith("step."):
-            return 1, *self.values["steps." + source.removeprefix("step.")][1:]
+            return 1, *self.values[table_of(source)][1:]
         return self.values[source]
 
     def call(self, call: Call, trips: int) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from mmopt.program import Call, Cat, Loop, Program
-
-
-def paints(program: Program) -> list[Call]:
-    """The calls of the painting schedule, in order."""
-    return [c for item in program.painting for c in (item.body if isinstance(item, Loop) else (item,))]
+from mmopt.schedule import calls_of
 
 
 def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False) -> str | None:
@@ -25,7 +21,7 @@ def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False)
     body = list(loop.body)
     call, before, after = body[place], body[:place], body[place + 1 :]
     made = writes([call])
-    others = [c for c in paints(program) if c not in body]
+    others = [c for c in calls_of(program.painting) if c not in body]
     if found := made & writes(before + after):
         return f"{min(found)} is written by another call of the loop too"
     if found := made & (reads(before) | reads([call])):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmopt.flow_plan import FlowPlan
+from mmopt.schedule import is_cache, table_of
 from mmopt.solvers import make_plan
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Painter:
     def _read(self, source: Any) -> Any:
         if isinstance(source, str):
             if source.startswith("step."):
-                return self.values["steps." + source.removeprefix("step.")][self.trip : self.trip + 1]
+                return self.values[table_of(source)][self.trip : self.trip + 1]
             value = self.values[source]
             return value[: self.lanes] if value.shape[0] == 2 * self.count > self.lanes else value
         parts = [self._read(n) for n in source.names]
@@ -160,6 +161,11 @@ class Painter:
             return parts[0] if self.lanes == self.count else self.cat(parts, 0)
         samples = max(p.shape[0] for p in parts)
         return self.cat([p if p.shape[0] == samples else self.expand(p, samples) for p in parts], source.dim)
+
+
+def levels(pixels: np.ndarray) -> np.ndarray:
+    """Pictures of 8 bits ``[G, H, W, 3]`` of pixels ``[G, 3, H, W]`` in -1 to 1, rounded down as demos do."""
+    return ((np.clip(pixels, -1, 1) + 1) / 2 * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
@@ -234,7 +240,7 @@ def torch_painter(
     width, dtype, both = program.info["hidden_size"], program.info["torch_dtype"], len(samples.ids)
     painter.values["no_rows"] = torch.zeros(both, 0, width, dtype=dtype)
     for k, (size, kind) in program.state.items():
-        if k.partition(".")[0] in ("key_cache", "value_cache"):
+        if is_cache(k):
             painter.values[k] = torch.zeros(both, *size[1:], dtype=kind)
     return painter
 

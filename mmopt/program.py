@@ -19,6 +19,7 @@ from mmopt.planning import Chunk, plan
 from mmopt.schedule import Call as Call
 from mmopt.schedule import Cat as Cat
 from mmopt.schedule import Loop as Loop
+from mmopt.schedule import calls_of
 
 
 @dataclass
@@ -141,8 +142,7 @@ class Program:
         return made
 
     def calls(self) -> Iterator[Call]:
-        for item in (*self.schedule, *self.painting):
-            yield from item.body if isinstance(item, Loop) else (item,)
+        yield from calls_of((*self.schedule, *self.painting))
 
     def __str__(self) -> str:
         from mmopt.text import program_text

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmopt.painted import AT_STEPS, Painted, parts
-from mmopt.painting import Samples, lay_out
+from mmopt.painting import Samples, lay_out, levels
 
 if TYPE_CHECKING:
     from mmopt.checkpoint import Model
@@ -69,7 +69,7 @@ def at_model(model: Model, case: Case) -> Pairs:
     whole = {"latents": torch.stack(latents), "times": torch.cat(times), "seen": painting.seen}
     if "decode_image" in model.family.stages(module, 1):
         whole["image"] = module.decode_image(z)
-        whole["levels"] = levels(whole["image"])
+        whole["levels"] = torch.from_numpy(levels(whole["image"].numpy()))
     return lay_beside(case, watch, whole, painting.samples)
 
 
@@ -81,7 +81,7 @@ def at_program(program: Program, case: Case) -> Pairs:
     seen = None if program.info["flow"].get("compact") else painting.seen
     whole = {"latents": made["trajectory"], "image": made.get("image"), "seen": seen}
     if made.get("image") is not None:
-        whole["levels"] = levels(made["image"])
+        whole["levels"] = torch.from_numpy(levels(made["image"].numpy()))
     return lay_beside(case, watch, whole, samples)
 
 
@@ -101,11 +101,6 @@ def at_engine(engine: Any, case: Case) -> Pairs:
 def _of(case: Case) -> Painted:
     assert case.painting is not None
     return case.painting
-
-
-def levels(image: Tensor) -> Tensor:
-    """Pictures of 8 bits ``[G, H, W, 3]`` of an image ``[G, 3, H, W]``, rounded down."""
-    return ((image.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------------- laying side by side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,22 @@ class Loop:
     trips: str | None = None
     until: str | None = None
     update: tuple[str, str] | None = None
+
+
+def calls_of(items: Iterable[Call | Loop]) -> Iterator[Call]:
+    """All calls of a schedule, in order."""
+    for item in items:
+        yield from item.body if isinstance(item, Loop) else (item,)
+
+
+def table_of(step: str) -> str:
+    """The table ``steps.x`` whose row of this trip is read as ``step.x``."""
+    return "steps." + step.removeprefix("step.")
+
+
+def is_cache(name: str) -> bool:
+    """Whether an input or output of a language model is one of its caches."""
+    return name.partition(".")[0] in ("key_cache", "value_cache")
 
 
 def to_json(item: Call | Loop) -> dict[str, Any]:

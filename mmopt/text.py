@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from mmopt.program import Call, Loop, Program, Stage
+from mmopt.schedule import is_cache
 
 
 def op_name(n: Node) -> str:
@@ -65,7 +66,7 @@ def stage_text(stage: Stage) -> str:
 def program_text(p: Program) -> str:
     def call(c: Call) -> str:
         renamed = "".join(f", {k}={v}" for k, v in sorted(c.rename.items()))
-        caches = [k for k in c.writes if k.partition(".")[0] in ("key_cache", "value_cache")]
+        caches = [k for k in c.writes if is_cache(k)]
         written = "".join(f", {k}->{v}" for k, v in sorted(c.writes.items()) if k not in caches)
         return f"call {c.stage}{renamed}{written}" + (
             f", caches->{c.writes[caches[0]].split('.')[0]}" if caches else ""

@@ -11,9 +11,9 @@ from dataclasses import replace
 from mmopt.passes.split_calls import row_inputs
 
 from mmopt.graph import CACHED_ATTENTION, Builder, rebuild
-from mmopt.loops import paints
 from mmopt.program import Call, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
+from mmopt.schedule import calls_of
 
 MASK = 10  # which argument of cached attention hides slots
 
@@ -50,7 +50,7 @@ class DropHiddenRows(Pass):
 
     def why_not(self, program: Program, name: str, stage: Stage, mask: str) -> str | None:
         """None if one call feeds the prompt, others go on from it, and all that is read of its rows are the caches."""
-        calls = [c for c in paints(program) if c.stage == name]
+        calls = [c for c in calls_of(program.painting) if c.stage == name]
         ahead = [c for c in calls if c.source("past") == "prompt.begin"]
         after = [c for c in calls if c.source("past") == "prompt.past"]
         found = row_inputs(stage)
@@ -62,7 +62,7 @@ class DropHiddenRows(Pass):
         if len(ahead) != 1 or not after or len(calls) != 1 + len(after) or rows != [["prompt.text"]]:
             return "rows that are hidden are fed in one call with others, at places that all samples share"
         made = {ahead[0].target(o): o for o in stage.outputs if o not in stage.inputs}
-        for c in paints(program):
+        for c in calls_of(program.painting):
             for s in (s for i in program.stages[c.stage].inputs for s in c.sources(i)):
                 if s in made:
                     return f"{c.stage} reads {made[s]} of the rows of the prompt"

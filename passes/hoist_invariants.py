@@ -19,6 +19,7 @@ from mmopt.loops import why_not_local
 from mmopt.program import Call, Cat, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
 from mmopt.rows import works_along
+from mmopt.schedule import table_of
 from mmopt.sight import PER_CALL
 
 
@@ -244,8 +245,3 @@ def hoist_steps(program: Program, loop: Loop, report: Report) -> tuple[list[Call
                 report.did(f"{call.stage}: {len(values)} values that depend on the trip alone become tables")
             body.append(call)
     return before, replace(loop, body=tuple(body))
-
-
-def table_of(step: str) -> str:
-    """The table whose row of this trip is read as `step`."""
-    return "steps." + step.removeprefix("step.")

@@ -6,12 +6,13 @@ that were fitted to the model go along with the Program into its engines.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from mmopt.flow_plan import FlowPlan, solve
+from mmopt.flow_reference import relative_errors
+from mmopt.painting import plan_of
 from mmopt.program import Program
 from mmopt.rewriting import Pass, Report
 from mmopt.solvers import make_plan
@@ -37,7 +38,7 @@ class ReduceFlowSteps(Pass):
             return program
         made = program.copy()
         flow = made.info["flow"]
-        before, after = default_plan(program), self.plan or make_plan("ab2", 10, guidance=flow["guidance"])
+        before, after = plan_of(None, program.info), self.plan or make_plan("ab2", 10, guidance=flow["guidance"])
         kept = [p for p in flow.get("plans", ()) if not any(same_use(FlowPlan.from_json(p), f) for f in self.fitted)]
         plans = [*kept, *(f.to_json() for f in self.fitted)]
         if after == before and plans == flow.get("plans", []):
@@ -56,26 +57,12 @@ class ReduceFlowSteps(Pass):
         prompts = [random.integers(0, info["vocab_size"], 8).tolist() for _ in range(SAMPLES)]
         noise = random.standard_normal((SAMPLES, *info["flow"]["latents"])).astype(np.float32)
         velocity = ProgramVelocity(before, prompts)
-        plans = [default_plan(before), default_plan(after)]
+        plans = [plan_of(None, p.info) for p in (before, after)]
         fine = make_plan("ab2", FINE, guidance=plans[1].guidance)
         wanted, *found = (solve(p, velocity, noise)[-1] for p in (fine, *plans))
-        errors = [relative_error(x, wanted).mean() for x in found]
+        errors = [relative_errors(x, wanted).mean() for x in found]
         return f"{errors[1]:.3g} of the latents' norm from {FINE} steps of AB2; before {errors[0]:.3g}"
-
-
-def default_plan(program: Program) -> FlowPlan:
-    """The plan that a Program is painted by when nothing else is asked for."""
-    from mmopt.painting import plan_of
-
-    return plan_of(None, program.info)
 
 
 def same_use(a: FlowPlan, b: FlowPlan) -> bool:
     return a.evaluations == b.evaluations and a.guidance == b.guidance
-
-
-def relative_error(x: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each sample ``||x - wanted|| / ||wanted||``."""
-    n = len(x)
-    norm = np.linalg.norm(wanted.reshape(n, -1), axis=1)
-    return np.linalg.norm((x - wanted).reshape(n, -1), axis=1) / np.maximum(norm, sys.float_info.min)

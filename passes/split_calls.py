@@ -14,9 +14,9 @@ import sympy
 from torch.fx import Node
 
 from mmopt.graph import CACHED_ATTENTION, CAT, operand_dims, shape_of
-from mmopt.loops import paints
 from mmopt.program import Call, Cat, Loop, Program, Stage
 from mmopt.rewriting import Pass, Report
+from mmopt.schedule import calls_of
 
 
 class SplitCalls(Pass):
@@ -45,7 +45,10 @@ class SplitCalls(Pass):
             return [call]
         first, last = found
         readers = [
-            (c.stage, n, s) for c in paints(program) for n in program.stages[c.stage].inputs for s in c.sources(n)
+            (c.stage, n, s)
+            for c in calls_of(program.painting)
+            for n in program.stages[c.stage].inputs
+            for s in c.sources(n)
         ]
         made = {call.target(o): o for o in stage.outputs if o not in stage.inputs}
         read = [(reader, name, made[s]) for reader, name, s in readers if s in made]

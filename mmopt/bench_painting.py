@@ -6,26 +6,24 @@ dtype; the decoder of images is included.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mmopt.benchmark import device_name
+from mmopt.benchmark import conditions
 from mmopt.checkpoint import Model
 from mmopt.contracts import ContractError, difference
 from mmopt.engine import Engine
 from mmopt.figures import spread
 from mmopt.flow_plan import FlowPlan
 from mmopt.inspection import inspect
-from mmopt.limits import probes, summary, timed
+from mmopt.limits import in_rounds, summary
 from mmopt.painting import choose_plan, draw_noise
 from mmopt.solvers import make_plan
 
@@ -129,24 +127,11 @@ class _Bench:
 
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
-        stages = list(dict.fromkeys(s for s, _ in self.calls))
-        limits: dict[str, list[float]] = {}
-        limit_calls = probes(cpu, self.info["torch_dtype"], 512 << 20, self.threads)
-        for r in range(rounds):
-            self.tell(f"round {r + 1} of {rounds}")
-            for name, (amount, call) in limit_calls.items():
-                limits.setdefault(name, []).append(amount / min(timed(call, cpu, 1)) / 1e9)
-            for stage in stages:
-                names = [n for s, n in self.calls if s == stage]
-                for name in names[r % len(names) :] + names[: r % len(names)]:
-                    times[stage, name] += timed(self.calls[stage, name], cpu, 1)
+        by_round, limits = in_rounds(self.calls, rounds, cpu, self.info["torch_dtype"], self.threads, self.tell)
+        times = {key: [seconds for (seconds,) in each] for key, each in by_round.items()}
         return {
             "kind": "painting",
-            "device": device_name(cpu),
-            "threads": self.threads,
-            "dtype": self.info["dtype"],
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
+            **conditions(cpu, self.threads, self.info),
             "sizes": {
                 "family": self.info["family"],
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),

@@ -21,7 +21,7 @@ from mmopt.baselines import ROUTINGS, Shared
 from mmopt.checkpoint import Model, load
 from mmopt.contracts import ContractError, difference
 from mmopt.figures import ratios_of, rows_of, shares_of, work_of
-from mmopt.limits import probes, summary, timed
+from mmopt.limits import in_rounds, summary, timed
 from mmopt.program import Program
 from mmopt.variants import STAGES, EngineStages, Inputs, TorchStages
 
@@ -141,20 +141,11 @@ class _Bench:
             self.variants["engine"] = EngineStages(engine, self.inputs)
 
     def measure(self, rounds: int, limit_bytes: int, tell: Callable[[str], None]) -> None:
-        """Each round: the limits of the machine, then stage by stage all variants, another one first each time."""
-        calls = {name: {s: _call(v, s, self.device) for s in STAGES} for name, v in self.variants.items()}
-        limits: dict[str, list[float]] = {}
-        self.times: dict[tuple[str, str], list[list[float]]] = {(s, v): [] for s in STAGES for v in self.variants}
-        limit_calls = probes(self.device, self.info["torch_dtype"], limit_bytes, self.threads)
-        order = list(self.variants)
-        for r in range(rounds):
-            tell(f"round {r + 1} of {rounds}")
-            for name, (amount, call) in limit_calls.items():
-                limits.setdefault(name, []).append(amount / min(timed(call, self.device, 1)) / 1e9)
-            order = order[1:] + order[:1]
-            for stage in STAGES:
-                for name in order:
-                    self.times[stage, name].append(timed(calls[name][stage], self.device, REPEATS[stage]))
+        """All stages of all variants, and the limits of the machine, in interleaved rounds."""
+        calls = {(s, name): _call(v, s, self.device) for s in STAGES for name, v in self.variants.items()}
+        self.times, limits = in_rounds(
+            calls, rounds, self.device, self.info["torch_dtype"], self.threads, tell, REPEATS.__getitem__, limit_bytes
+        )
         self.limits = summary(limits)
 
     def measure_memory(self) -> None:
@@ -173,10 +164,7 @@ class _Bench:
         work = work_of(self.optimized, self.inputs, new_tokens)
         i = self.inputs
         return {
-            "device": device_name(self.device),
-            "threads": self.threads,
-            "dtype": self.info["dtype"],
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
+            **conditions(self.device, self.threads, self.info),
             "sizes": {
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
                 "context": self.info["context"],
@@ -268,6 +256,12 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
                     f"{stage}: the logits of {name} differ from eager's by {error:.3g}, allowed {allowed:.3g}", program
                 )
     return found
+
+
+def conditions(device: torch.device, threads: int, info: dict[str, Any]) -> dict[str, Any]:
+    """What a figure is worth nothing without: device, threads, dtype and versions."""
+    versions = {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")}
+    return {"device": device_name(device), "threads": threads, "dtype": info["dtype"], "versions": versions}
 
 
 def device_name(device: torch.device) -> str:

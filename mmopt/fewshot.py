@@ -5,12 +5,10 @@ All variants are timed in interleaved rounds of one process, with the same threa
 
 from __future__ import annotations
 
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,14 @@ import torch
 import torch._inductor.config as inductor
 
 from mmopt.baselines import Shared, torch_stage
-from mmopt.benchmark import device_name
+from mmopt.benchmark import conditions
 from mmopt.checkpoint import Model
 from mmopt.contracts import ContractError, difference
 from mmopt.decoding import Cache
 from mmopt.engine import Engine
 from mmopt.figures import spread
 from mmopt.inspection import SHOT, inspect
-from mmopt.limits import probes, summary, timed
+from mmopt.limits import in_rounds, summary
 from mmopt.sampling import Request
 from mmopt.sight import seen_inputs, visible
 from mmopt.store import Store
@@ -245,27 +243,15 @@ class _Bench:
     # --------------------------------------------------------------------------------------------------------- results
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        times: dict[tuple[str, str], list[list[float]]] = {key: [] for key in self.calls}
-        stages = list(dict.fromkeys(s for s, _ in self.calls))
-        limits: dict[str, list[float]] = {}
-        limit_calls = probes(cpu, self.info["torch_dtype"], 512 << 20, self.threads)
-        for r in range(rounds):
-            self.tell(f"round {r + 1} of {rounds}")
-            for name, (amount, call) in limit_calls.items():
-                limits.setdefault(name, []).append(amount / min(timed(call, cpu, 1)) / 1e9)
-            for stage in stages:
-                names = [n for s, n in self.calls if s == stage]
-                for name in names[r % len(names) :] + names[: r % len(names)]:
-                    repeats = DECODES if stage.startswith("decode") else 1
-                    times[stage, name].append(timed(self.calls[stage, name], cpu, repeats))
+        dtype, stages = self.info["torch_dtype"], list(dict.fromkeys(s for s, _ in self.calls))
+        times, limits = in_rounds(
+            self.calls, rounds, cpu, dtype, self.threads, self.tell, lambda s: DECODES if s.startswith("decode") else 1
+        )
         flat = {key: [t for r in rounds_of for t in r] for key, rounds_of in times.items()}
         rows = [{"stage": s, "variant": n, **spread(flat[s, n])} for s in stages for (t, n) in self.calls if t == s]
         return {
             "kind": "few-shot",
-            "device": device_name(cpu),
-            "threads": self.threads,
-            "dtype": self.info["dtype"],
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")},
+            **conditions(cpu, self.threads, self.info),
             "sizes": {
                 "family": self.info["family"],
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mmopt.flow_plan import FlowPlan, Velocity, solve
 from mmopt.flow_reference import Reference, relative_errors
+from mmopt.report import png_figure, save_png
 from mmopt.solvers import SOLVERS, make_plan
 
 
@@ -190,14 +191,7 @@ def frontier_plot(rows: Sequence[Row], path: str | Path) -> None:
 
     Raises ImportError without matplotlib, ValueError for a name that does not end in .png.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: expected the name of a PNG file")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as e:
-        raise ImportError("a plot needs matplotlib: pip install 'mmopt[plot]'") from e
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = png_figure(path, (6.4, 4.4))
     axes = figure.subplots()
     for solver in dict.fromkeys(r.solver for r in rows):
         own = sorted((r for r in rows if r.solver == solver), key=lambda r: r.passes)
@@ -207,6 +201,4 @@ def frontier_plot(rows: Sequence[Row], path: str | Path) -> None:
     axes.set(xlabel="passes of a sample through the network", ylabel="mean relative error", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    save_png(figure, path)

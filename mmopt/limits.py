@@ -44,6 +44,35 @@ def probes(device: torch.device, dtype: torch.dtype, limit_bytes: int, threads: 
     return made
 
 
+def in_rounds(
+    calls: dict[tuple[str, str], Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    tell: Callable[[str], None],
+    repeats: Callable[[str], int] = lambda stage: 1,
+    limit_bytes: int = 512 << 20,
+) -> tuple[dict[tuple[str, str], list[list[float]]], dict[str, list[float]]]:
+    """Seconds of calls by (stage, variant), a list for each round, and the limits of the machine in each round.
+
+    Each round: the limits, then stage by stage all variants, another one first each time. repeats: calls of a stage in
+    a round.
+    """
+    times: dict[tuple[str, str], list[list[float]]] = {key: [] for key in calls}
+    limits: dict[str, list[float]] = {}
+    limit_calls = probes(device, dtype, limit_bytes, threads)
+    for r in range(rounds):
+        tell(f"round {r + 1} of {rounds}")
+        for name, (amount, call) in limit_calls.items():
+            limits.setdefault(name, []).append(amount / min(timed(call, device, 1)) / 1e9)
+        for stage in dict.fromkeys(s for s, _ in calls):
+            names = [n for s, n in calls if s == stage]
+            for name in names[r % len(names) :] + names[: r % len(names)]:
+                times[stage, name].append(timed(calls[stage, name], device, repeats(stage)))
+    return times, limits
+
+
 def _onnxruntime_product(weight: Any, threads: int) -> Any:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -123,22 +126,36 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def bench_plot(result: dict[str, Any], path: str | Path) -> None:
-    """A bar for each stage and variant (minimum, with a line up to the third quartile), written to a PNG file.
+def png_figure(path: str | Path, size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches, to be saved under a name.
 
     Raises ImportError without matplotlib, ValueError for a name that does not end in .png.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
+    if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: expected the name of a PNG file")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as e:
         raise ImportError("a plot needs matplotlib: pip install 'mmopt[plot]'") from e
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.rename(path)
+
+
+def bench_plot(result: dict[str, Any], path: str | Path) -> None:
+    """A bar for each stage and variant (minimum, with a line up to the third quartile), written to a PNG file.
+
+    Raises ImportError without matplotlib, ValueError for a name that does not end in .png.
+    """
     stages = list(dict.fromkeys(r["stage"] for r in result["rows"]))
     columns = min(len(stages), 4)
     lines = -(-len(stages) // columns)
-    figure = Figure(figsize=(3 * columns, 3.2 * lines), layout="constrained")
+    figure = png_figure(path, (3 * columns, 3.2 * lines))
     places = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in places[len(stages) :]:
         axes.remove()
@@ -150,6 +167,4 @@ def bench_plot(result: dict[str, Any], path: str | Path) -> None:
         axes.set_title(stage, fontsize="medium", wrap=True)
         axes.set_ylabel("ms")
         axes.tick_params(axis="x", rotation=45)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.rename(path)
+    save_png(figure, path)

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 def bench_text(result: dict[str, Any]) -> str:
     """What `mmopt.bench` returned, for people."""
     sizes, limits = result["sizes"], result["limits"]
-    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console, file = _begin(result)
     prompt = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sizes["prompt"].items())
     console.print(
         f"{sizes['parameters'] / 1e6:.1f} M parameters; caches of {sizes['context']} rows, {sizes['filled']} filled; "
@@ -52,9 +50,7 @@ def bench_text(result: dict[str, Any]) -> str:
 def fewshot_text(result: dict[str, Any]) -> str:
     """What `mmopt.fewshot.bench_fewshot` returned, for people."""
     sizes = result["sizes"]
-    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console, file = _begin(result)
     console.print(
         f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; caches of {sizes['context']} rows; "
         f"{sizes['rounds']} interleaved rounds"
@@ -91,9 +87,7 @@ def fewshot_text(result: dict[str, Any]) -> str:
 def painting_text(result: dict[str, Any]) -> str:
     """What `mmopt.bench_painting.bench_painting` returned, for people."""
     sizes, limits = result["sizes"], result["limits"]
-    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console, file = _begin(result)
     console.print(
         f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows']} rows an image; "
         f"{sizes['rounds']} interleaved rounds"
@@ -120,6 +114,14 @@ def painting_text(result: dict[str, Any]) -> str:
     for note in result["notes"]:
         console.print(f"- {note}")
     return file.getvalue()
+
+
+def _begin(result: dict[str, Any]) -> tuple[Console, io.StringIO]:
+    """A console that writes to a text, which begins with the conditions of a benchmark."""
+    console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    return console, file
 
 
 def _ratio(value: float | None) -> str:

@@ -165,3 +165,16 @@ def painting_text(program) -> str:
     """The painting schedule alone."""
     text = program_text(dataclasses.replace(program, stages={}))
     return text[text.index("painting:") :].rstrip()
+
+
+def same_pictures(before, after, lengths) -> None:
+    """Two programs paint the same of prompts of so many ids each."""
+    prompts = [list(range(1, n + 1)) for n in lengths]
+    noise = torch.randn(len(prompts), 2, 8, 8, generator=torch.Generator().manual_seed(len(lengths)))
+    torch.testing.assert_close(after.paint(prompts, noise), before.paint(prompts, noise), atol=1e-5, rtol=1e-5)
+
+
+def same_answers(before, after) -> None:
+    """Two programs answer texts alike."""
+    prompts = {"prompts": [[5, 6, 7], [9]], "max_new_tokens": 4, "ignore_eos": True}
+    assert after(**prompts)["tokens"] == before(**prompts)["tokens"]

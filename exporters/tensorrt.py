@@ -15,6 +15,7 @@ from typing import Any
 
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MOST_FRAMES = 8  # of a video, where the model sets no limit
+MOST_STEPS = 100  # of a flow
 MISSING = "TensorRT for RTX is not installed: pip install 'mmopt[tensorrt]'"
 
 
@@ -98,9 +99,10 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
             ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
         painted = []
-        if flow := info.get("flow"):  # a prompt of all samples, and an image with the row that tells the time
+        if (flow := info.get("flow")) and (before := context - flow["rows"]) > 1:
+            # A prompt of all samples, and an image after the row that tells the time (and the prompt, if fed with it).
             both, rows = (1, 2 * batch, 2 * batch), (flow["rows"],) * 3
-            painted = [{"B": both, "nv": none, "nt": text(context)}, {"B": both, "nv": one, "nt": rows}]
+            painted = [{"B": both, "nv": none, "nt": text(before - 1)}, {"B": both, "nv": (1, 1, before), "nt": rows}]
         ranges = [
             *painted,
             {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},
@@ -108,8 +110,8 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
             {"B": (1, batch, batch), "nv": none, "nt": one},
         ]
     else:
-        if info.get("flow"):  # both halves of the guidance, and tables of all steps at once
-            batch = max(2 * batch, info["flow"]["steps"])
+        if info.get("flow"):  # both halves of the guidance, or a table of all steps at once
+            batch = 2 * batch if {"latents", "hidden", "ids"} & set(inputs) else MOST_STEPS
         ranges = [{"B": (1, 1, batch), "n": text(context), "N": (1, 1, images), "nt": text(context)}]
 
     def shape(sizes: Iterable[int | str], which: int, r: dict[str, tuple[int, int, int]]) -> tuple[int, ...]:

@@ -1,0 +1,111 @@
+"""The TensorRT gate on a family that paints: every stage is parsed and built, and what is fed fits the profiles."""
+
+import json
+from pathlib import Path
+
+import onnx
+import painting_toy as toy
+import pytest
+from mmopt.exporters import tensorrt
+from mmopt.exporters.onnx import export
+from mmopt.exporters.tensorrt import profiles
+
+from mmopt.checkpoint import load
+from mmopt.engine import Engine
+from mmopt.engine_painting import EnginePainter
+from mmopt.pipeline import optimize
+from mmopt.tracing import trace
+
+DATA = Path(__file__).parents[1] / "data" / "janusflow"
+installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def program():
+    return trace(load(DATA), batch=2, images=1, context=96)
+
+
+@pytest.fixture(scope="module")
+def optimized(program):
+    return optimize(program, check=False).program
+
+
+def checked(out):
+    return json.loads((out / "program.json").read_text())["checked"]
+
+
+@installed
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_optimized_builds(optimized, tmp_path, dtype):
+    found = checked(export(optimized, tmp_path / "engine", "tensorrt", dtype))
+    assert found["tensorrt"] == "parsed and built"
+    if dtype is None:
+        assert found["program"] == "equal"
+
+
+@installed
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_traced_builds(program, tmp_path, dtype):
+    assert checked(export(program, tmp_path / "engine", "tensorrt", dtype))["tensorrt"] == "parsed and built"
+
+
+def test_only_standard_operators(optimized, program, tmp_path):
+    for name, p in (("optimized", optimized), ("traced", program)):
+        out = export(p, tmp_path / name, "tensorrt", check=False, gate=False)
+        for path in out.glob("*.onnx"):
+            assert [o.domain for o in onnx.load(path, load_external_data=False).opset_import] == [""]
+
+
+@installed
+def test_a_stage_that_does_not_convert_is_named(optimized, tmp_path, monkeypatch):
+    """Rows of an image that do not fit the cache: the gate looks at the profiles of painting, too."""
+    right = tensorrt.profiles
+
+    def too_long(inputs, info):
+        flow = info["flow"] | {"rows": info["context"]}
+        return right(inputs, info | {"flow": flow, "context": info["context"] + 2})
+
+    monkeypatch.setattr(tensorrt, "profiles", too_long)
+    with pytest.raises(tensorrt.GateError, match="stage language_model"):
+        export(optimized, tmp_path / "engine", "tensorrt", check=False)
+    assert not (tmp_path / "engine").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ profiles
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize(("lengths", "steps"), [([9], 30), ([3, 12], 1), ([2, 2, 7], 100)])
+def test_what_is_fed_fits_the_profiles(passes, lengths, steps, tmp_path, monkeypatch):
+    p = toy.program(batch=2)
+    p = optimize(p, check=False).program if passes else p
+    out = export(p, tmp_path / "engine", "tensorrt", check=False, gate=False)
+    facts, seen = json.loads((out / "program.json").read_text()), []
+    run = EnginePainter.run_stage
+
+    def spy(self, call, inputs):
+        seen.append((call.stage, {k: tuple(x.shape) for k, x in inputs.items()}))
+        return run(self, call, inputs)
+
+    monkeypatch.setattr(EnginePainter, "run_stage", spy)
+    Engine(out).paint([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
+    assert {"language_model", "flow_encode", "flow_decode", "decode_image", "embed"} <= {name for name, _ in seen}
+    for name, shapes in seen:
+        listed = profiles(facts["stages"][name]["inputs"], facts["info"])
+        assert any(all(fits(r[k][0], r[k][2], shape) for k, shape in shapes.items()) for r in listed), (name, shapes)
+
+
+def fits(least, largest, shape):
+    return all(a <= n <= b for a, n, b in zip(least, shape, largest, strict=True))
+
+
+def test_profiles():
+    language = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
+    info = {"batch": 3, "images": 1, "context": 40, "rows_per_image": 4, "flow": {"rows": 16, "steps": 30}}
+    prompt, step, *reading = profiles(language, info)
+    assert (prompt["visual"][2], prompt["text"][0], prompt["text"][2]) == ((6, 0, 8), (1, 1, 8), (6, 23, 8))
+    assert (step["visual"][0], step["visual"][2], step["text"][0]) == ((1, 1, 8), (6, 24, 8), (1, 16, 8))
+    assert reading == profiles(language, info | {"flow": None}) == profiles(language, info | {"context": 40, "flow": 0})
+    assert profiles(language, info | {"context": 17})[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
+    (table,) = profiles({"time": {"shape": ["B"]}}, info)
+    assert table["time"][2] == (100,)
+    (latents,) = profiles({"latents": {"shape": ["B", 4, 8, 8]}}, info)
+    assert latents["latents"][2] == (6, 4, 8, 8)

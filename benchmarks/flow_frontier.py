@@ -32,6 +32,20 @@ CHECKPOINT = Path(__file__).parent.parent / "examples" / "checkpoints" / "janusf
 STEPS = range(5, 13)
 
 
+def captions(prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of half of the captions to fit to, and of the others to measure on."""
+    colours = ("red", "green", "blue", "yellow")
+    listed = [f"a {f} {d} on {b}" for d, f, b in product(range(10), colours, colours) if f != b]
+    ids = [prompts.painting(listed[i]) for i in np.random.default_rng(0).permutation(len(listed))]
+    return ids[::2], ids[1::2]
+
+
+def write(found: dict, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.rename(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="name of the files to write, without ending")
@@ -41,11 +55,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(2)
     program = mmopt.optimize(mmopt.trace(mmopt.load(CHECKPOINT)), check=False).program
-    prompts = Prompts(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-    colours = ("red", "green", "blue", "yellow")
-    captions = [f"a {f} {d} on {b}" for d, f, b in product(range(10), colours, colours) if f != b]
-    listed = [prompts.painting(captions[i]) for i in np.random.default_rng(0).permutation(len(captions))]
-    fit, held = listed[::2], listed[1::2]  # captions that are held out, too
+    fit, held = captions(Prompts(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))))
     velocity, noise, weight = drawn(program, [fit, held], a.samples, None, 0)
     truth = reference(velocity, noise, weight, a.fine)
     results = {}
@@ -63,10 +73,7 @@ def main() -> None:
     print(frontier_text(rows))
     found = {"samples": a.samples, "fine": a.fine, "guidance": weight, "torch": torch.__version__, "threads": 2}
     found |= {"rows": [r.to_json() for r in rows], "fits": {n: r.to_json() for n, r in results.items()}}
-    path = a.out.with_suffix(".json")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.rename(path)
+    write(found, a.out.with_suffix(".json"))
     frontier_plot(rows, a.out.with_suffix(".png"))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.flow_plan import FlowPlan, Velocity, finite, from_velocity_table, solve
+from mmopt.flow_plan import FlowPlan, Velocity, both_passes, finite, from_velocity_table, solve
 from mmopt.flow_reference import Reference, combine_passes, reference, relative_errors
 from mmopt.solvers import make_plan, shifted
 
@@ -190,12 +190,7 @@ def _fit_rows(
     prior = make_plan("ab2", steps, w, grid=nodes)
     a, b = prior.a, prior.cond + prior.uncond
     table = np.zeros((steps, 1 + 2 * steps))  # of x_0, and of each v_cond and v_uncond
-    spread = np.zeros((steps, 2 * steps))  # v_j -> both passes, with the last known difference of the two
-    for j in range(steps):
-        last = int(np.flatnonzero(guided[: j + 1])[-1]) if w != 1 else j
-        spread[j, j] += 1  # one after the other: j and last may be the same place
-        spread[j, last] += w - 1
-        spread[j, steps + last] += 1 - w
+    cond_start, uncond_start = both_passes(b, guided, w)
     columns = [0]
     features = _Features(noises, train)
     x, score = noises, math.inf
@@ -207,7 +202,7 @@ def _fit_rows(
             if uncond is not None and guided[i]:
                 features.add(uncond)
                 columns.append(1 + steps + i)
-            start = np.concatenate([[a[i]], b[i] @ spread])[columns]
+            start = np.concatenate([[a[i]], cond_start[i], uncond_start[i]])[columns]
         else:
             features.add(combine_passes(cond, uncond if guided[i] else None, w))
             columns.append(1 + i)

@@ -161,6 +161,36 @@ def from_velocity_table(name: str, times: Any, a: np.ndarray, b: np.ndarray, gui
     return FlowPlan(name, times, a, guidance * b, (1 - guidance) * b, guided, guidance)
 
 
+def reduce_guidance(plan: FlowPlan, guided: Sequence[bool] | np.ndarray, reuse: bool = True) -> FlowPlan:
+    """The plan with unconditional passes at the evaluations `guided` ``[n]`` alone.
+
+    reuse: elsewhere the last known difference v_cond - v_uncond goes on, and the first must be known. Otherwise v_cond
+    stands alone there, which is guidance in an interval (Kynkaanniemi et al. 2024): another flow, no nearer to the
+    first one with more steps. Raises ValueError for a plan without all of its passes.
+    """
+    wanted = np.array(guided, bool)
+    if plan.guidance == 1 or not plan.guided.all():
+        raise ValueError(f"plan {plan.name!r} does not make both passes everywhere: there is nothing to reduce")
+    if wanted.shape != (plan.evaluations,) or (reuse and not wanted[0]):
+        raise ValueError(
+            f"guided is {wanted.tolist()}, expected {plan.evaluations} values" + ", the first one true" * reuse
+        )
+    cond, uncond = both_passes(plan.cond + plan.uncond, wanted, plan.guidance, reuse)
+    name = f"{plan.name}, {'difference kept' if reuse else 'guided'} {int(wanted.sum())} of {len(wanted)}"
+    return FlowPlan(name, plan.times, plan.a, cond, uncond, wanted, plan.guidance)
+
+
+def both_passes(b: np.ndarray, guided: np.ndarray, w: float, reuse: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """A table b ``[n, n]`` on guided velocities as tables on v_cond and v_uncond, see `reduce_guidance`."""
+    cond, uncond = b.copy(), np.zeros_like(b)
+    for j in range(len(b)):
+        known = np.flatnonzero(guided[: j + 1]) if reuse or guided[j] else []
+        if w != 1 and len(known):
+            cond[:, known[-1]] += (w - 1) * b[:, j]
+            uncond[:, known[-1]] -= (w - 1) * b[:, j]
+    return cond, uncond
+
+
 def finite(name: str, value: Any) -> float:
     """The value, or a ValueError that names it."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):

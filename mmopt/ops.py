@@ -136,6 +136,16 @@ _rotary_op = torch.library.custom_op("mmopt::rotary", _rotary, mutates_args=())
 _cached_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
 
 
+# The plain definitions have gradients, the operators have none.
+PLAIN = {
+    torch.ops.mmopt.cross_attention.default: _cross_attention,
+    torch.ops.mmopt.segment_attention.default: _segment_attention,
+    torch.ops.mmopt.attention.default: _attention,
+    torch.ops.mmopt.rotary.default: _rotary,
+    torch.ops.mmopt.cached_attention.default: _cached_attention,
+}
+
+
 @_attention_op.register_fake
 def _(q, k, v, heads, kv_heads, key_mask=None, causal=False, scale=None):
     return q.new_empty(q.shape)

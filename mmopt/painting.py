@@ -215,14 +215,19 @@ def choose_plan(
 
 
 def torch_painter(
-    program: Program, samples: Samples, plan: FlowPlan, trips: Any = None, observe: Any = None
+    program: Program,
+    samples: Samples,
+    plan: FlowPlan,
+    trips: Any = None,
+    observe: Any = None,
+    gradients: bool = False,
 ) -> Painter:
-    """A painter that runs the stages of a Program in plain PyTorch."""
+    """A painter that runs the stages of a Program in plain PyTorch; with `gradients` see `Stage.run`."""
     import torch
 
     class TorchPainter(Painter):
         def run_stage(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-            made = program.stages[call.stage].run(program.weights, inputs)
+            made = program.stages[call.stage].run(program.weights, inputs, gradients=gradients)
             if observe:
                 observe("paint", call, made, None)
             return made

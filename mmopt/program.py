@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from mmopt import ops
 from mmopt.graph import ARANGE, FULL, is_const, shape_of
 from mmopt.media import Media
 from mmopt.planning import Chunk, plan
@@ -49,9 +50,17 @@ class Stage:
         return Stage(graph, self.inputs, self.outputs)
 
     def run(
-        self, weights: dict[str, Tensor], values: dict[str, Tensor], keep_constants: bool = True
+        self,
+        weights: dict[str, Tensor],
+        values: dict[str, Tensor],
+        keep_constants: bool = True,
+        gradients: bool = False,
     ) -> dict[str, Tensor]:
-        """Run in plain PyTorch. What depends on weights alone is computed once and kept."""
+        """Run in plain PyTorch. What depends on weights alone is computed once and kept.
+
+        gradients: outputs can be differentiated by `values`. What was kept by other runs cannot, so a stage is either
+        run with them or without.
+        """
         sizes: dict[sympy.Symbol, int] = {}
         env: dict[Node, Any] = {}
         for name, node in self.input_nodes().items():
@@ -67,7 +76,7 @@ class Stage:
                 if wanted != got:
                     raise ValueError(f"input {name}: expected shape {shape_of(node)}, got {tuple(x.shape)}")
         last_use = {a: n for n in self.graph.nodes for a in n.all_input_nodes}
-        with torch.inference_mode():
+        with torch.enable_grad() if gradients else torch.inference_mode():
             for n in self.graph.nodes:
                 if n.op == "get_attr":
                     env[n] = weights[str(n.target)]
@@ -75,7 +84,7 @@ class Stage:
                     if n in self._constants:
                         env[n] = self._constants[n]
                     elif not (n.meta["const"] and self._complete):
-                        env[n] = evaluate(n, env, sizes)
+                        env[n] = evaluate(n, env, sizes, plain=gradients)
                         if n.meta["const"] and keep_constants and any(not u.meta.get("const") for u in n.users):
                             self._constants[n] = env[n]
                 elif n.op == "output":
@@ -87,8 +96,8 @@ class Stage:
         raise AssertionError("a graph ends with its output")
 
 
-def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int]) -> Any:
-    """One operator on tensors, sizes put in for their symbols."""
+def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int], plain: bool = False) -> Any:
+    """One operator on tensors, sizes put in for their symbols; plain: by definitions that have gradients."""
 
     def value(a: Any) -> Any:
         if isinstance(a, Node):
@@ -102,7 +111,8 @@ def evaluate(n: Node, env: dict[Node, Any], sizes: dict[sympy.Symbol, int]) -> A
         return n.target(*args, dtype=n.meta["dtype"])
     schema = n.target._schema.arguments  # keyword-only arguments stand in their place among the positional ones
     named = {a.name: v for a, v in zip(schema, args, strict=False) if a.kwarg_only}
-    return n.target(*args[: len(args) - len(named)], **named)
+    target = ops.PLAIN.get(n.target, n.target) if plain else n.target
+    return target(*args[: len(args) - len(named)], **named)
 
 
 @dataclass

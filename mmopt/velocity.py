@@ -52,12 +52,28 @@ class ProgramVelocity:
         return cond, np.concatenate([u.numpy() for _, u in made if u is not None]) if guided else None
 
 
+class TensorVelocity:
+    """As `ProgramVelocity` for tensors, and differentiable by x and t: what plans are polished by.
+
+    x ``[n, c, h, w]`` float32, t of no dimensions; all images are computed at once.
+    """
+
+    def __init__(self, program: Program, prompts: Sequence[Sequence[int]]):
+        apart = program.copy()
+        apart.stages = {k: s.replaced(s.graph) for k, s in program.stages.items()}  # with constants of their own
+        self.group = Group(apart, prompts, gradients=True)
+
+    def __call__(self, x: Tensor, t: Tensor, guided: bool = True) -> tuple[Tensor, Tensor | None]:
+        return self.group.velocity_at(x, t, guided)
+
+
 class Group:
     """Some images that are computed together."""
 
-    def __init__(self, program: Program, prompts: Sequence[Sequence[int]]):
+    def __init__(self, program: Program, prompts: Sequence[Sequence[int]], gradients: bool = False):
         self.count, self.scale = len(prompts), program.info["flow"]["time_scale"]
-        self.painter = torch_painter(program, lay_out(prompts, program.info), make_plan("euler", 1))
+        samples, nothing = lay_out(prompts, program.info), make_plan("euler", 1)
+        self.painter = torch_painter(program, samples, nothing, gradients=gradients)
         place = next(i for i, item in enumerate(program.painting) if isinstance(item, Loop))
         loop, before = program.painting[place], program.painting[:place]
         assert isinstance(loop, Loop)
@@ -77,8 +93,11 @@ class Group:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+        return self.velocity_at(x, torch.tensor(t), guided)
+
+    def velocity_at(self, x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
         painter = self.painter
-        painter.values |= {"steps.time": torch.tensor([t * self.scale], dtype=torch.float32), "latents": x}
+        painter.values |= {"steps.time": (t.double() * self.scale).float()[None], "latents": x}
         for call in self.timed:
             painter.call(call)
         painter.lanes = self.count * (2 if guided else 1)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 
+from mmopt import flow_schedule
 from mmopt.flow_frontier import Drift
+from mmopt.flow_polish import Polished
 from mmopt.flow_schedule import fit_flow_schedule, reduce_to_budget
 from mmopt.painting import choose_plan
 from mmopt.pipeline import default_passes, optimize
+from mmopt.solvers import make_plan
 
 PROMPTS = [[1, 5, 6, 7, 3], [1, 9, 8, 7, 3]]
 
@@ -35,6 +38,36 @@ def test_a_fitted_plan_goes_along_with_the_program(program):
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32))
     painted = after.paint(PROMPTS[:1], noise)
     assert len(painted["trajectory"]) == 4
+
+
+@pytest.mark.parametrize(("solver", "steps", "wins"), [("ab2", 40, True), ("euler", 4, False)])
+def test_a_polished_plan_is_taken_where_it_wins_on_noises_held_out(program, monkeypatch, solver, steps, wins):
+    given = {}
+
+    def polish(velocity, plan, noises, targets, held_out, iterations):
+        given.update(plan=plan, noises=noises, targets=targets, held_out=held_out, iterations=iterations)
+        again = velocity(noises, torch.tensor(0.0))[0]
+        given["gradient"] = again.requires_grad or velocity(noises.requires_grad_(), torch.tensor(0.0))[0].requires_grad
+        return Polished(make_plan(solver, steps), (0, 0), (0, 0))
+
+    monkeypatch.setattr(flow_schedule, "polish_plan", polish)
+    plain = fit_flow_schedule(program, PROMPTS, 4, samples=8, fine=60)
+    fit = fit_flow_schedule(program, PROMPTS, 4, samples=8, fine=60, polish=7)
+    assert (given["iterations"], given["held_out"].tolist()) == (7, [False] * 6 + [True] * 2)
+    assert given["noises"].shape == given["targets"].shape == (8, 2, 8, 8)
+    assert given["gradient"]
+    assert given["plan"] == plain.fitted == fit.fitted
+    assert plain.errors.items() <= fit.errors.items()
+    assert fit.plan == (make_plan(solver, steps) if wins else plain.plan)
+    ours, least = fit.errors["polished"]["held_out"]["mean"], plain.errors["fitted"]["held_out"]["mean"]
+    assert wins == (ours < least)
+    assert (f"polished {ours:.4g} does not win" in fit.reason) != wins
+
+
+def test_a_plan_is_polished_through_the_network(program):
+    fit = fit_flow_schedule(program, PROMPTS, 2, samples=4, fine=40, polish=10)
+    assert fit.errors["polished"]["train"]["mean"] < 1.05 * fit.errors["fitted"]["train"]["mean"]
+    assert fit.plan.evaluations == 2
 
 
 def test_the_drift_of_fewer_steps_is_measured():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmopt.flow_plan import reduce_guidance
 from mmopt.solvers import SOLVERS, FlowPlan, from_velocity_table, make_plan, shifted, solve
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "flow_solvers.json").read_text())
@@ -229,3 +230,46 @@ def test_a_velocity_table_is_spread_over_both_passes():
     np.testing.assert_allclose(plan.cond, 4 * b)
     np.testing.assert_allclose(plan.uncond, -3 * b)
     assert plan.passes == 4
+
+
+def halves(x, t, guided):
+    """Two velocities whose difference does not change with x or t."""
+    cond = np.cos(x + t)
+    return cond, cond - 0.3 if guided else None
+
+
+def test_a_difference_of_guidance_that_stays_may_be_kept():
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    plan = make_plan("ab2", 6, 3.0)
+    less = reduce_guidance(plan, [True, False, False, True, False, False])
+    assert (less.passes, plan.passes, less.guided.tolist()[1]) == (8, 12, False)
+    np.testing.assert_allclose(solve(less, halves, x)[-1], solve(plan, halves, x)[-1], atol=1e-6)
+    assert "difference kept 2 of 6" in less.name
+    once = reduce_guidance(plan, [True] + [False] * 5)
+    assert np.abs(solve(once, wave, x)[-1] - solve(plan, wave, x)[-1]).max() > 1e-2
+    np.testing.assert_allclose(reduce_guidance(plan, [True] * 6).cond, plan.cond)
+
+
+def wave(x, t, guided):
+    return np.cos(x + t), np.sin(3 * x + 5 * t) if guided else None
+
+
+def test_guidance_in_an_interval():
+    """By hand: Euler steps along v = 2 v_cond - v_uncond in the interval, along v_cond outside."""
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    made = solve(reduce_guidance(make_plan("euler", 4, 2.0), [False, True, True, False], reuse=False), wave, x)[-1]
+    for i in range(4):
+        cond, uncond = wave(x, i / 4, True)
+        x = x + (2 * cond - uncond if i in (1, 2) else cond) / 4
+    np.testing.assert_allclose(made, x, atol=1e-6)
+
+
+def test_guidance_that_cannot_be_reduced():
+    plan = make_plan("ab2", 3, 2.0)
+    with pytest.raises(ValueError, match="expected 3 values, the first one true"):
+        reduce_guidance(plan, [False, True, True])
+    with pytest.raises(ValueError, match="expected 3 values"):
+        reduce_guidance(plan, [True, True], reuse=False)
+    for without in (make_plan("ab2", 3, 1.0), reduce_guidance(plan, [True, False, True])):
+        with pytest.raises(ValueError, match="there is nothing to reduce"):
+            reduce_guidance(without, [True] * 3)

@@ -10,7 +10,7 @@ import torch
 from mmopt.flow_plan import solve
 from mmopt.pipeline import optimize
 from mmopt.solvers import make_plan
-from mmopt.velocity import ProgramVelocity
+from mmopt.velocity import ProgramVelocity, TensorVelocity
 
 PROMPTS = [[1, 5, 6, 7, 3], [1, 9, 3], [1, 4, 4, 3]]
 
@@ -55,6 +55,31 @@ def test_each_time_and_prompt_counts(programs):
     other = ProgramVelocity(programs["optimized"], [PROMPTS[1], *PROMPTS[1:]])(noise, 0.1)[0]
     assert np.abs(other[0] - early[0]).max() > 1e-3
     np.testing.assert_allclose(other[1:], early[1:], atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "optimized"])
+def test_gradients_by_latents_and_time(programs, kind):
+    """Those of finite differences; the values are those of the painting schedule, whose own stages stay as they are."""
+    program, x = programs[kind], noise_of(3)
+    ours, smooth = ProgramVelocity(program, PROMPTS), TensorVelocity(program, PROMPTS)
+    before = ours(x.numpy(), 0.3)
+    x.requires_grad_()
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for made, wanted in zip(smooth(x, t), before, strict=True):
+        np.testing.assert_allclose(made.detach().numpy(), wanted, atol=2e-6)
+    way = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+
+    def value(step: float, later: float) -> float:
+        with torch.no_grad():
+            cond, uncond = smooth(x + step * way, t + later)
+        return float(cond.double().sum() - 3 * uncond.double().sum())
+
+    cond, uncond = smooth(x, t)
+    by_x, by_t = torch.autograd.grad(cond.double().sum() - 3 * uncond.double().sum(), [x, t])
+    assert float((by_x * way).sum()) == pytest.approx((value(5e-3, 0) - value(-5e-3, 0)) / 1e-2, rel=0.02)
+    assert float(by_t) == pytest.approx((value(0, 2e-3) - value(0, -2e-3)) / 4e-3, rel=0.02)
+    assert smooth(x, t, guided=False)[1] is None
+    np.testing.assert_array_equal(ours(x.detach().numpy(), 0.3)[0], before[0])
 
 
 def test_what_cannot_be_is_refused(programs):

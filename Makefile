@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/demo_flamingo.py
+	$(BIN)/python examples/demo_janusflow.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -184,8 +184,8 @@ def both_passes(b: np.ndarray, guided: np.ndarray, w: float, reuse: bool = True)
     """A table b ``[n, n]`` on guided velocities as tables on v_cond and v_uncond, see `reduce_guidance`."""
     cond, uncond = b.copy(), np.zeros_like(b)
     for j in range(len(b)):
-        known = np.flatnonzero(guided[: j + 1]) if reuse or guided[j] else []
-        if w != 1 and len(known):
+        known = np.flatnonzero(guided[: j + 1])
+        if w != 1 and len(known) and (reuse or guided[j]):
             cond[:, known[-1]] += (w - 1) * b[:, j]
             uncond[:, known[-1]] -= (w - 1) * b[:, j]
     return cond, uncond

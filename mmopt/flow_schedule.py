@@ -67,8 +67,8 @@ def polished(
     """
     half = len(noise) // 2
     stop = np.arange(half) >= half - max(1, half // 4)
-    parts = [torch.from_numpy(np.ascontiguousarray(x[:half])) for x in (noise, truth)]
-    plan = polish_plan(chosen, fit.fitted, *parts, stop, iterations).plan
+    start, end = (torch.from_numpy(np.ascontiguousarray(x[:half])) for x in (noise, truth))
+    plan = polish_plan(chosen, fit.fitted, start, end, stop, iterations).plan
     found = relative_errors(solve(plan, velocity, noise)[-1], truth)
     errors = {"train": found[:half], "held_out": found[half:]}
     summary = {k: {"mean": float(e.mean()), "p90": float(np.quantile(e, 0.9))} for k, e in errors.items()}

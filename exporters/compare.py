@@ -58,7 +58,7 @@ def compare_with_program(directory: Path, program: Program, facts: dict[str, Any
                 if is_cache(node):  # what lies beyond the rows in use is not defined
                     used = PAST + sum(sizes.get(s, 0) for s in ("nv", "nt"))
                     wanted, value = wanted[:, :, :used], value[:, :, :used]
-                found = contracts.difference(wanted, value.to(wanted.dtype))
+                found = contracts.difference(wanted, value.to(wanted.dtype), program.info["torch_dtype"])
                 if found is not None:
                     return contracts.Difference(name, f"{k} at {sizes}", node.name, *found)
     return None

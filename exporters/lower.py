@@ -121,8 +121,9 @@ def upsample(e: Emitter, n: Node) -> str:
     """Nearest neighbours, by whole factors."""
     x = n.args[0]
     factors = [int(a) / int(b) for a, b in zip(shape_of(n)[2:], shape_of(x)[2:], strict=True)]
-    if any(f != int(f) for f in factors):
-        raise e.error(f"only whole factors are supported, found {factors}")
+    given = [f for a in n.args[2:] if a is not None for f in (a if isinstance(a, list | tuple) else [a])]
+    if any(f is not None and f != int(f) for f in (*factors, *given)):
+        raise e.error(f"only whole factors are supported, found {given or factors}")
     scales = e.constant(torch.tensor([1.0, 1.0, *factors]))
     settings = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
     return e.op("Resize", e.value(x), "", scales, **settings)
@@ -142,7 +143,9 @@ def vector_norm(e: Emitter, n: Node) -> str:
     x, order, dims, keep = arguments(n, 1, 2, None, False, None)[:4]
     if order != 2 or dims is None:
         raise e.error(f"only norms of order 2 along given dimensions are supported, found {order} along {dims}")
-    return e.op("ReduceL2", e.cast(e.value(x), e.dtype(x), e.dtype(n)), e.ints(dims), keepdims=int(keep))
+    wide = torch.promote_types(e.dtype(n), torch.float32)  # squares overflow in float16
+    made = e.op("ReduceL2", e.cast(e.value(x), e.dtype(x), wide), e.ints(dims), keepdims=int(keep))
+    return e.cast(made, wide, e.dtype(n))
 
 
 def argmax(e: Emitter, n: Node) -> str:

@@ -67,20 +67,20 @@ class Weights:
     def __init__(self, program: Program, dtype: torch.dtype):
         self.program, self.dtype = program, dtype
         self.constants: dict[str, Constant] = {}
-        self._names: dict[int, str] = {}
-        self._inline: dict[int, tuple[str, TensorProto]] = {}
+        self._names: dict[tuple[int, torch.dtype], str] = {}
+        self._inline: dict[tuple[int, torch.dtype], tuple[str, TensorProto]] = {}
         self._ids: dict[Any, int] = {}
         self._node_ids: dict[Node, int] = {}
 
     def exported(self, dtype: torch.dtype, stage: str | None = None) -> torch.dtype:
         """The dtype in the bundle of a value that has `dtype` in the program.
 
-        Stages that ``info["full_precision_stages"]`` names are never in float16, whose range is too small for them.
+        Stages that ``info["full_precision_stages"]`` names for the dtype of the bundle are in float32.
         """
         if dtype != self.program.info["torch_dtype"]:
             return dtype
-        full = self.dtype == torch.float16 and stage in self.program.info.get("full_precision_stages", ())
-        return torch.float32 if full else self.dtype
+        full = self.program.info.get("full_precision_stages", {}).get(str(self.dtype).removeprefix("torch."), ())
+        return torch.float32 if stage in full else self.dtype
 
     def at_border(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of an input or output of a stage; what ``info["full_precision_values"]`` names keeps its own."""
@@ -91,11 +91,11 @@ class Weights:
 
     def add(self, node: Node, stage: str | None = None) -> tuple[str, TensorProto | None]:
         """The name of a constant node; scalars and short lists of integers come with data, to stand in the graph."""
-        key = self._identity(node)
+        dtype, shape = self.exported(node.meta["dtype"], stage), shape_of(node)
+        key = self._identity(node), dtype  # a stage of full precision may share a weight with another
         if key in self._inline:
             return self._inline[key]
         if key not in self._names:
-            dtype, shape = self.exported(node.meta["dtype"], stage), shape_of(node)
             name = self._name(node)
             size = torch.Size(shape).numel()
             if size <= 1 or (len(shape) == 1 and size <= 64 and not dtype.is_floating_point):
@@ -172,8 +172,6 @@ class Weights:
 
     def _name(self, node: Node) -> str:
         """A weight keeps its name; anything else is called after its operator and the weights it is made of."""
-        if node.op == "get_attr":
-            return str(node.target)
         sources: dict[str, None] = {}
         stack = [node]
         while stack and len(sources) < 4:
@@ -183,7 +181,7 @@ class Weights:
                 sources[str(n.target)] = None
         listed = list(sources)
         more = [] if len(listed) < 4 else ["..."]
-        base = f"{op_name(node)}({', '.join(listed[:3] + more)})"
+        base = str(node.target) if node.op == "get_attr" else f"{op_name(node)}({', '.join(listed[:3] + more)})"
         name, i = base, 1
         while name in self.constants or any(name == inline for inline, _ in self._inline.values()):
             i += 1

@@ -145,7 +145,8 @@ class Lift:
             return self.full(n, FILLS[name])
         drop = {"device", "layout", "pin_memory", "memory_format"}
         args = tuple(v for k, v in bound.items() if k not in drop)
-        while args and args[-1] is None:
+        required = sum(not a.has_default_value() for a in n.target._schema.arguments)
+        while len(args) > required and args[-1] is None:
             args = args[:-1]
         kinds = tuple(v.dtype for v in val) if isinstance(val, tuple | list) else val.dtype
         if isinstance(val, tuple | list):

@@ -21,6 +21,8 @@ EXAMPLE = {"B": 3, "N": 2, "F": 6, "nv": 5, "nt": 7, "nb": 4}
 # What the host makes for each call of the language model, or once for all of them (media); all else is carried.
 GIVEN = {"visual", "text", "media", "offset", *PER_CALL}
 PAINTING = ("flow_time", "flow_encode", "flow_decode", "decode_image")  # stages that text does not need
+# What is not computed in these types: pictures leave the range of float16; angles of up to 1000 need finer steps.
+FULL_PRECISION = {"float16": ["flow_time", "decode_image"], "bfloat16": ["flow_time"]}
 
 
 class NextToken(nn.Module):
@@ -99,7 +101,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
         "rows_per_image": c.rows_per_image,
         "max_frames": getattr(c, "max_frames", None),
         "flow": None if flow is None else dataclasses.asdict(flow),
-        "full_precision_stages": ["decode_image"] if flow else [],
+        "full_precision_stages": FULL_PRECISION if flow else {},
         "full_precision_values": ["latents", "time", "velocity", "image"] if flow else [],
         "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]
         "hidden_size": c.hidden_size,

@@ -57,6 +57,15 @@ class FitResult:
         fitted = self.errors["fitted"]
         return fitted["held_out"]["mean"] - fitted["train"]["mean"]
 
+    def __str__(self) -> str:
+        """What was taken and why, and the errors of each group."""
+        lines = [f"{self.plan.name}, {self.plan.evaluations} evaluations, {self.plan.passes} passes: {self.reason}"]
+        for solver, groups in self.errors.items():
+            found = ", ".join(f"{k} {e['mean']:.4f} ({e['p90']:.4f})" for k, e in groups.items())
+            gap = groups["held_out"]["mean"] - groups["train"]["mean"]
+            lines.append(f"  {solver:<9} mean (p90): {found}; held out less train {gap:+.4f}")
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         made = {k: getattr(self, k) for k in ("wins", "reason", "errors", "gap", "evaluations", "grid", "key")}
         return made | {"grid": list(self.grid), "plan": self.plan.to_json(), "fitted": self.fitted.to_json()}

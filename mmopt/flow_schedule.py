@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def fit_flow_schedule(
     nfe: int,
     guidance: float | None = None,
     samples: int = SAMPLES,
-    held_out: Sequence[Sequence[int]] | None = None,
+    held_out: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]] | None = None,
     form: str = "",
     seed: int = 0,
     fine: int = 120,
@@ -38,39 +38,47 @@ def fit_flow_schedule(
     """Fit a solver of `nfe` evaluations to what a program paints of prompts of one form (`mmopt.flow_fitting`).
 
     prompts: ids, each with one more for the place of the picture; `samples` noises are drawn for them in turn, and as
-    many again, of other noises, for `held_out` (by default the same prompts) to check the plan on. guidance: by default
+    many again, of other noises, for `held_out` (by default the same prompts) to check the plan on; for names of forms
+    of prompts with the prompts of each, as many for each form, and the plan must win on every one. guidance: by default
     the model's. fine: evaluations of the solution that plans are compared with. trials: grids of times to try. polish:
     steps of gradients through the network after the fit (`mmopt.flow_polish`), for fewer than about ten evaluations;
     a quarter of the samples choose when to stop, and the polished plan is taken if it wins on those held out. The
     result's ``plan`` is Adams-Bashforth where the fit does not win, and its ``reason`` says so; to keep it in the
     program and its engines: ``ReduceFlowSteps(result.plan, [result.plan])``. A fit is good for this form and guidance.
     """
-    velocity, noise, weight = drawn(program, [prompts, held_out or prompts], samples, guidance, seed, progress)
+    named = held_out if isinstance(held_out, Mapping) else {form: held_out or prompts}
+    velocity, noise, weight = drawn(program, [prompts, *named.values()], samples, guidance, seed, progress)
     truth = reference(velocity, noise, weight, fine)
+    forms = [name for name in (form, *named) for _ in range(samples)] if isinstance(held_out, Mapping) else None
     fit = fit_plan(
-        velocity, noise, nfe, weight, held_out=[i >= samples for i in range(2 * samples)], trials=trials, truth=truth,
-        model=str(program.info["family"]), form=form,
+        velocity, noise, nfe, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
+        forms=forms, model=str(program.info["family"]), form=form,
     )  # fmt: skip
     fit = dataclasses.replace(fit, evaluations=fit.evaluations + fine * len(noise))
     if not polish:
         return fit
     chosen = TensorVelocity(program, [prompts[i % len(prompts)] for i in range(samples)])
-    return polished(fit, velocity, chosen, noise, truth.result, polish)
+    return polished(fit, velocity, chosen, samples, noise, truth.result, polish)
 
 
 def polished(
-    fit: FitResult, velocity: Velocity, chosen: TensorVelocity, noise: np.ndarray, truth: np.ndarray, iterations: int
+    fit: FitResult,
+    velocity: Velocity,
+    chosen: TensorVelocity,
+    count: int,
+    noise: np.ndarray,
+    truth: np.ndarray,
+    iterations: int,
 ) -> FitResult:
-    """The fit with its plan polished on the first half of the noises, if that wins on the second half.
+    """The fit with its plan polished on the first `count` noises, if that wins on the others.
 
-    chosen: the velocity of the first half alone, differentiable.
+    chosen: the velocity of the first `count` alone, differentiable.
     """
-    half = len(noise) // 2
-    stop = np.arange(half) >= half - max(1, half // 4)
-    start, end = (torch.from_numpy(np.ascontiguousarray(x[:half])) for x in (noise, truth))
+    stop = np.arange(count) >= count - max(1, count // 4)
+    start, end = (torch.from_numpy(np.ascontiguousarray(x[:count])) for x in (noise, truth))
     plan = polish_plan(chosen, fit.fitted, start, end, stop, iterations).plan
     found = relative_errors(solve(plan, velocity, noise)[-1], truth)
-    errors = {"train": found[:half], "held_out": found[half:]}
+    errors = {"train": found[:count], "held_out": found[count:]}
     summary = {k: {"mean": float(e.mean()), "p90": float(np.quantile(e, 0.9))} for k, e in errors.items()}
     made = dataclasses.replace(fit, errors=fit.errors | {"polished": summary})
     ours, least = summary["held_out"]["mean"], min(fit.errors[k]["held_out"]["mean"] for k in ("fitted", "ab2"))

@@ -40,6 +40,27 @@ def test_a_fitted_plan_goes_along_with_the_program(program):
     assert len(painted["trajectory"]) == 4
 
 
+def test_forms_of_prompts_are_held_out_by_name(program, monkeypatch):
+    asked, fit_plan = {}, flow_schedule.fit_plan
+
+    def spy(velocity, noises, steps, *rest, **options):
+        asked.update(options, prompts=[g.count for g in velocity.groups], n=len(noises))
+        return fit_plan(velocity, noises, steps, *rest, **options)
+
+    monkeypatch.setattr(flow_schedule, "fit_plan", spy)
+    others = {"long": PROMPTS, "short": [[1, 3]]}
+    fit = fit_flow_schedule(program, PROMPTS, 3, samples=4, fine=40, held_out=others, form="long")
+    assert (asked["n"], asked["forms"]) == (12, ["long"] * 8 + ["short"] * 4)
+    assert asked["held_out"] == [False] * 4 + [True] * 8
+    assert {"form long", "form short"} < set(fit.errors["fitted"])
+    wins = all(fit.errors["fitted"][f]["mean"] < fit.errors["ab2"][f]["mean"] for f in ("form long", "form short"))
+    assert fit.wins == (wins and fit.errors["fitted"]["held_out"]["mean"] < fit.errors["ab2"]["held_out"]["mean"])
+    said = str(fit).splitlines()
+    assert said[0].endswith(fit.reason)
+    assert f"held out less train {fit.gap:+.4f}" in said[1]
+    assert f"form short {fit.errors['fitted']['form short']['mean']:.4f}" in said[1]
+
+
 @pytest.mark.parametrize(("solver", "steps", "wins"), [("ab2", 40, True), ("euler", 4, False)])
 def test_a_polished_plan_is_taken_where_it_wins_on_noises_held_out(program, monkeypatch, solver, steps, wins):
     given = {}

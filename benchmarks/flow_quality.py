@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=48, help="noises to fit to, and as many to check on")
     parser.add_argument("--fine", type=int, default=100, help="evaluations of the fine solution (AB2)")
     parser.add_argument("--polish", type=int, default=100, help="iterations of gradients")
-    parser.add_argument("--polished", type=int, default=48, help="noises to polish on")
+    parser.add_argument("--polish-samples", type=int, default=48, help="noises to polish on")
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -76,7 +76,7 @@ def main() -> None:
         "AB2, 10 steps": make_plan("ab2", 10), "fitted, 10 steps (recommended)": fits["10"],
         "AB2, 8 steps": ab2, "fitted, 8 steps (fast)": fitted,
     }  # fmt: skip
-    polished, aware = own_plans(program, prompts, a.samples, a.fine, a.polish, a.polished)
+    polished, aware = own_plans(program, prompts, a.samples, a.fine, a.polish, a.polish_samples)
     plans |= {"fitted, 8 steps, polished": polished, "fitted, 6 steps": fits["6"]}
     plans |= {"fitted, 8 steps, 4 of them guided": aware}
     plans |= {"AB2, 8 steps, difference of guidance kept every other": reduce_guidance(ab2, EVERY_OTHER)}
@@ -100,14 +100,7 @@ def main() -> None:
         }
         rows.append(row | {"as_asked": verdict.right(wanted)["all"]})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    found = {
-        "pictures": a.pictures,
-        "samples": a.samples,
-        "fine": a.fine,
-        "polish": a.polish,
-        "guidance": 2.0,
-        "polished_on": a.polished,
-    }
+    found = {k: v for k, v in vars(a).items() if k != "out"} | {"guidance": 2.0}
     write(found | {"torch": torch.__version__, "rows": rows, "polished": polished.to_json()}, a.out)
 
 

@@ -220,6 +220,14 @@ def export(
         Optional[bool],
         typer.Option("--check/--no-check", help="Compare before and after each pass. [default: where affordable]"),
     ] = None,
+    fit: Annotated[
+        Optional[Path],
+        typer.Option(help="Fit flow plans to prompts like these, a text file with one in each line."),
+    ] = None,
+    fit_steps: Annotated[
+        Optional[list[int]], typer.Option(help="Steps of a plan to fit; may be repeated. [default: 10 and 8]", min=1)
+    ] = None,
+    polish: Annotated[int, typer.Option(help="Steps of gradients after each fit, for few steps.", min=0)] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Optimize a checkpoint and write it as an engine directory."""
@@ -236,6 +244,11 @@ def export(
         if passes:
             result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
             program, reports = result.program, result.reports
+        if fit is not None:
+            from mmopt.flow_schedule import keep_fits
+
+            program, report = keep_fits(program, fit, fit_steps or [10, 8], polish, lambda n: now(f"fitting {n} steps"))
+            reports = [*reports, report]
         made = mmopt.export(program, out, target=target, dtype=dtype, weights=weights, reports=reports, progress=now)
     size = sum(f.stat().st_size for f in made.iterdir())
     text = "\n".join([*map(str, reports), f"wrote {made} ({size / 1e6:.1f} MB)"])

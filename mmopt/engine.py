@@ -19,7 +19,7 @@ from mmopt.flow_plan import FlowPlan
 from mmopt.painting import choose_plan, draw_noise
 from mmopt.planning import count_rows, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
-from mmopt.processing import ChatTemplate, TextProcessor
+from mmopt.processing import ChatTemplate, TextProcessor, painting_ids
 from mmopt.sampling import Answer, Completion, Request
 from mmopt.session import EngineError, Tensor, available_providers, choose_provider, default_threads, read_directory
 from mmopt.store import Store
@@ -175,8 +175,7 @@ class Engine:
         """Ids of a prompt with one more, whose place the picture takes."""
         if not isinstance(prompt, str):
             return [int(t) for t in prompt]
-        ids = self.text.encode(self.template.render([{"role": "user", "content": prompt}], painting=True))
-        return [*ids, ids[0]]
+        return painting_ids(self.text, self.template, prompt)
 
     def prefix(self, prompt: str | Sequence[int], images: Sequence[Any] = ()) -> Prefix:
         """Read the beginning of prompts once: few-shot examples, say, with their images.
@@ -406,16 +405,8 @@ class Engine:
     def _read_tokenizer(self, name: str | None) -> TextProcessor | None:
         if name is None:
             return None
-        i = self.info
         with _engine_errors():
-            return TextProcessor.from_file(
-                self.directory / name,
-                image_marker=i["image_marker"],
-                image_id=i["image_id"],
-                bos_id=i["bos_id"],
-                eos_ids=tuple(i["eos_ids"]),
-                template=" ".join(str(x) for x in self.template.to_json().values()),
-            )
+            return TextProcessor.of_model(self.directory / name, self.info, self.template)
 
 
 @dataclass(frozen=True)

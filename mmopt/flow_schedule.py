@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from mmopt.flow_plan import FlowPlan, Velocity, solve
 from mmopt.flow_polish import polish_plan
 from mmopt.flow_reference import reference, relative_errors
 from mmopt.painting import draw_noise
+from mmopt.processing import ChatTemplate, TextProcessor, painting_ids
 from mmopt.program import Program
+from mmopt.rewriting import Report
 from mmopt.solvers import make_plan
 from mmopt.velocity import ProgramVelocity, TensorVelocity
 
@@ -23,11 +26,11 @@ SAMPLES = 48  # images that a plan is fitted to, and as many again to check it o
 
 def fit_flow_schedule(
     program: Program,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     nfe: int,
     guidance: float | None = None,
     samples: int = SAMPLES,
-    held_out: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]] | None = None,
+    held_out: Sequence[str | Sequence[int]] | Mapping[str, Sequence[str | Sequence[int]]] | None = None,
     form: str = "",
     seed: int = 0,
     fine: int = 120,
@@ -37,14 +40,15 @@ def fit_flow_schedule(
 ) -> FitResult:
     """Fit a solver of `nfe` evaluations to what a program paints of prompts of one form (`mmopt.flow_fitting`).
 
-    prompts: ids, each with one more for the place of the picture; `samples` noises are drawn for them in turn, and as
-    many again, of other noises, for `held_out` (by default the same prompts) to check the plan on; for names of forms
-    of prompts with the prompts of each, as many for each form, and the plan must win on every one. guidance: by default
-    the model's. fine: evaluations of the solution that plans are compared with. trials: grids of times to try. polish:
-    steps of gradients through the network after the fit (`mmopt.flow_polish`), for fewer than about ten evaluations;
-    a quarter of the samples choose when to stop, and the polished plan is taken if it wins on those held out. The
-    result's ``plan`` is Adams-Bashforth where the fit does not win, and its ``reason`` says so; to keep it in the
-    program and its engines: ``ReduceFlowSteps(result.plan, [result.plan])``. A fit is good for this form and guidance.
+    prompts: texts, or ids with one more for the place of the picture; `samples` noises are drawn for them in turn, and
+    as many again, of other noises, for `held_out` (by default the same prompts) to check the plan on. If that maps
+    names of forms of prompts to prompts, each form gets as many and the plan must win on every one. guidance: by
+    default the model's. fine: evaluations of the solution that plans are compared with. trials: grids of times to try.
+    polish: steps of gradients through the network after the fit (`mmopt.flow_polish`), for fewer than about ten
+    evaluations; a quarter of the samples choose when to stop, and the polished plan is taken if it wins on those held
+    out. The result's ``plan`` is Adams-Bashforth where the fit does not win, and its ``reason`` says so; to keep it in
+    the program and its engines: ``ReduceFlowSteps(result.plan, [result.plan])``. A fit is good for this form and
+    guidance.
     """
     named = held_out if isinstance(held_out, Mapping) else {form: held_out or prompts}
     velocity, noise, weight = drawn(program, [prompts, *named.values()], samples, guidance, seed, progress)
@@ -57,7 +61,8 @@ def fit_flow_schedule(
     fit = dataclasses.replace(fit, evaluations=fit.evaluations + fine * len(noise))
     if not polish:
         return fit
-    chosen = TensorVelocity(program, [prompts[i % len(prompts)] for i in range(samples)])
+    listed = ids_of(program, prompts)
+    chosen = TensorVelocity(program, [listed[i % len(listed)] for i in range(samples)])
     return polished(fit, velocity, chosen, samples, noise, truth.result, polish)
 
 
@@ -90,7 +95,7 @@ def polished(
 
 def drawn(
     program: Program,
-    groups: Sequence[Sequence[Sequence[int]]],
+    groups: Sequence[Sequence[str | Sequence[int]]],
     samples: int,
     guidance: float | None,
     seed: int,
@@ -99,15 +104,61 @@ def drawn(
     """The velocity of `samples` images for each group of prompts, their noise, and the guidance."""
     if samples < 1 or not all(groups):
         raise ValueError(f"samples is {samples} and {sum(map(len, groups))} prompts were given, expected at least one")
-    listed = [g[i % len(g)] for g in groups for i in range(samples)]
+    read = [ids_of(program, g) for g in groups]
+    listed = [g[i % len(g)] for g in read for i in range(samples)]
     noise = draw_noise(len(listed), program.info, seed)
     weight = program.info["flow"]["guidance"] if guidance is None else guidance
     return ProgramVelocity(program, listed, progress=progress), noise, weight
 
 
+def keep_fits(
+    program: Program, path: Path, steps: Sequence[int], polish: int = 0, tell: Callable[[int], None] = lambda n: None
+) -> tuple[Program, Report]:
+    """The program with plans fitted to the texts of a file, one in each line; every other one is held out.
+
+    The first of `steps` is the one to paint by when nothing else is asked for. Raises ValueError that names the file.
+    """
+    from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
+
+    if not program.painting:
+        raise ValueError(f"plans are fitted to programs that paint; {program.info['family']} paints no images")
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a readable text file: {e}") from e
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts, expected one in each line")
+    fits = []
+    for n in steps:
+        tell(n)
+        held = prompts[1::2] or prompts
+        fits.append(fit_flow_schedule(program, prompts[::2], n, held_out=held, form=path.stem, polish=polish))
+    made, report = ReduceFlowSteps(fits[0].plan, [f.plan for f in fits])(program)
+    for found in fits:
+        report.did(str(found))
+    held_out = [(f.plan, f.errors[f.plan.name if f.plan.name in f.errors else "polished"]["held_out"]) for f in fits]
+    report.checked = "drift: " + ", ".join(f"{e['mean']:.3g} with {p.evaluations} steps" for p, e in held_out)
+    return made, report
+
+
+def ids_of(program: Program, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Prompts as ids; texts are read by the checkpoint's tokenizer.json. Raises ValueError if it has none."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text, expected a list of prompts")
+    if not any(isinstance(p, str) for p in prompts):
+        return [[int(i) for i in p] for p in prompts]
+    info = program.info
+    path = Path(info["directory"] or "") / "tokenizer.json"
+    if info["directory"] is None or not path.is_file():
+        raise ValueError(f"{path}: no such file, so prompts must be lists of ids")
+    chat = ChatTemplate.from_json(info["processing"]["chat"])
+    text = TextProcessor.of_model(path, info, chat)
+    return [painting_ids(text, chat, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+
+
 def reduce_to_budget(
     program: Program,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     budget: Drift,
     steps: Sequence[int] = (5, 6, 7, 8, 9, 10, 12, 16, 20, 30),
     guidance: float | None = None,

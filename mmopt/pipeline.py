@@ -57,13 +57,13 @@ def optimize(
     check: bool | None = None,
     observers: Sequence[Observer] = (),
     budget: Drift | None = None,
-    prompts: Sequence[Sequence[int]] = (),
+    prompts: Sequence[str | Sequence[int]] = (),
 ) -> Result:
     """Run `passes` (by default the exact ones). The input Program is not changed.
 
     With a `budget` of drift, a Program that paints then gets the plan of fewest passes that keeps it, measured on
-    `prompts` (ids, of the form that will be served); what was measured stands in the report. If no plan keeps the
-    budget, the nearest is taken and the report says so.
+    `prompts` (texts or ids, of the form that will be served); what was measured stands in the report. If no plan keeps
+    the budget, the nearest is taken and the report says so.
 
     After each exact pass the Program is compared with the one before it on fresh random inputs at two sizes. `check`
     None does so where it is affordable and says so in the report where it is not. A pass that breaks its promise raises
@@ -102,7 +102,7 @@ def optimize(
     return result if budget is None else within(result, budget, prompts)
 
 
-def within(result: Result, budget: Drift, prompts: Sequence[Sequence[int]]) -> Result:
+def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]) -> Result:
     """A Program that paints, with the cheapest plan that keeps a budget of drift."""
     from mmopt.flow_frontier import frontier_text
     from mmopt.flow_schedule import reduce_to_budget

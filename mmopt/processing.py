@@ -353,6 +353,18 @@ class TextProcessor:
             raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from error
         return cls(tokenizer, **kw)
 
+    @classmethod
+    def of_model(cls, path: str | Path, info: Mapping[str, Any], chat: ChatTemplate) -> "TextProcessor":
+        """Read a tokenizer.json file with the marks of a model's facts and chat template; errors as `from_file`."""
+        return cls.from_file(
+            path,
+            image_marker=info["image_marker"],
+            image_id=info["image_id"],
+            bos_id=info["bos_id"],
+            eos_ids=tuple(info["eos_ids"]),
+            template=" ".join(str(x) for x in chat.to_json().values()),
+        )
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, with image_id at each image marker."""
         ids = [] if self.bos_id is None else [self.bos_id]
@@ -416,3 +428,9 @@ class TextStream:
             self._context = self._context + self._pending
         self._pending = []
         return new
+
+
+def painting_ids(text: TextProcessor, template: ChatTemplate, prompt: str) -> list[int]:
+    """Ids of a text to paint, with one more whose place the picture takes."""
+    ids = text.encode(template.render([{"role": "user", "content": prompt}], painting=True))
+    return [*ids, ids[0]]

@@ -1,18 +1,25 @@
 """Plans fitted to a program, kept in it, and found under a budget of drift."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import painting_toy as toy
 import pytest
 import torch
+from mmopt.exporters.onnx import export
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 
 from mmopt import flow_schedule
+from mmopt.checkpoint import load
+from mmopt.engine import Engine
 from mmopt.flow_frontier import Drift
 from mmopt.flow_polish import Polished
-from mmopt.flow_schedule import fit_flow_schedule, reduce_to_budget
+from mmopt.flow_schedule import fit_flow_schedule, ids_of, keep_fits, reduce_to_budget
 from mmopt.painting import choose_plan
 from mmopt.pipeline import default_passes, optimize
 from mmopt.solvers import make_plan
+from mmopt.tracing import trace
 
 PROMPTS = [[1, 5, 6, 7, 3], [1, 9, 8, 7, 3]]
 
@@ -114,3 +121,48 @@ def test_optimize_takes_a_budget():
     assert result.reports[-1].name == "reduce_flow_steps"
     assert "keeps drift mean 0.02" in result.reports[-1].checked
     assert result.program.info["flow"]["plan"]["times"]
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+@pytest.fixture(scope="module")
+def digits():
+    model = load(Path(__file__).parents[1] / "examples/checkpoints/janusflow-digits")
+    return optimize(trace(model, context=64), check=False).program
+
+
+def test_texts_are_read_as_an_engine_reads_them(digits, tmp_path):
+    engine = Engine(export(digits, tmp_path / "engine", check=False))
+    texts = ["a red 7 on blue", "a green 3"]
+    assert ids_of(digits, [*texts, [1, 2]]) == [*(engine._painting_ids(t) for t in texts), [1, 2]]
+    without = digits.copy()
+    without.info["directory"] = str(tmp_path)
+    assert ids_of(without, [[1, 2]]) == [[1, 2]]
+    with pytest.raises(ValueError, match="no such file, so prompts must be lists of ids"):
+        ids_of(without, texts)
+    with pytest.raises(ValueError, match="prompts is one text"):
+        ids_of(digits, texts[0])
+
+
+def test_plans_fitted_to_a_file_go_along(digits, tmp_path, monkeypatch):
+    texts, asked = tmp_path / "captions.txt", []
+    fit = flow_schedule.fit_flow_schedule
+
+    def quick(program, prompts, nfe, **options):
+        asked.append((prompts, nfe, options.pop("held_out"), options))
+        return fit(program, prompts, nfe, samples=4, fine=20, **options)
+
+    monkeypatch.setattr(flow_schedule, "fit_flow_schedule", quick)
+    texts.write_text("a red 7 on blue\n\na green 3 on red\n a blue 1 on red \n")
+    made, report = keep_fits(digits, texts, [3, 2])
+    wanted = ["a red 7 on blue", "a blue 1 on red"], ["a green 3 on red"], {"form": "captions", "polish": 0}
+    assert asked == [(wanted[0], n, *wanted[1:]) for n in (3, 2)]
+    assert [choose_plan(None, n, None, made.info).evaluations for n in (3, 2)] == [3, 2]
+    assert choose_plan(None, None, None, made.info).evaluations == 3
+    assert report.checked.startswith("drift: 0.")
+    assert sum("held out less train" in line for line in report.rewrites) == 2
+    for text, message in (("", "holds no prompts"), (None, "not a readable text file")):
+        texts.unlink() if text is None else texts.write_text(text)
+        with pytest.raises(ValueError, match=f"captions.txt: {message}"):
+            keep_fits(digits, texts, [3])
+    with pytest.raises(ValueError, match="plans are fitted to programs that paint"):
+        keep_fits(dataclasses.replace(digits, painting=()), texts, [3])

@@ -183,7 +183,7 @@ def test_constants_are_computed_once(result, monkeypatch):
     stage = stage.replaced(stage.graph)
     evaluated = []
     evaluate = program_module.evaluate
-    monkeypatch.setattr(program_module, "evaluate", lambda n, *a: evaluated.append(n) or evaluate(n, *a))
+    monkeypatch.setattr(program_module, "evaluate", lambda n, *a, **kw: evaluated.append(n) or evaluate(n, *a, **kw))
     values = {"vision_rows": torch.zeros(1, 17, 48)}
     first = stage.run(result.program.weights, values)["image_rows"]
     assert any(n.meta["const"] for n in evaluated)

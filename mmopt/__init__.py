@@ -27,6 +27,9 @@ _WHERE = {
     "fit_flow_schedule": "mmopt.flow_schedule",
     "FlowPlan": "mmopt.flow_plan",
     "Drift": "mmopt.flow_frontier",
+    "Task": "mmopt.tasks",
+    "quality": "mmopt.tasks",
+    "paired": "mmopt.tasks",
 }
 __all__ = [*sorted(_WHERE), "__version__"]
 
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from mmopt.program import Program as Program
     from mmopt.rewriting import Pass as Pass
     from mmopt.rewriting import Report as Report
+    from mmopt.tasks import Task as Task
+    from mmopt.tasks import paired as paired
+    from mmopt.tasks import quality as quality
     from mmopt.tracing import trace as trace
 
 

@@ -108,6 +108,31 @@ def get_model(
     return mmopt.from_config(config, dtype, random=random)
 
 
+def score_of(
+    place: str | None,
+    task: Path,
+    limit: int | None,
+    threads: int,
+    dtype: str | None,
+    context: int | None,
+    options: dict[str, Any],
+) -> Any:
+    """How well an engine directory, or a checkpoint in plain PyTorch, does in a task."""
+    import mmopt
+
+    if place is None:
+        raise ValueError("--quality needs an engine directory or a checkpoint")
+    questions = mmopt.Task.load(task)
+    if (Path(place) / "program.json").is_file():
+        return mmopt.quality(mmopt.Engine(place, threads=threads), questions, limit, progress=errors.is_terminal)
+    import torch
+
+    torch.set_num_threads(threads)
+    images = max(len(s.images) for s in questions.samples)
+    program = mmopt.trace(get_model(place, None, dtype, options), 1, images, context)
+    return mmopt.quality(program, questions, limit, progress=errors.is_terminal)
+
+
 def show(data: dict, text: str, as_json: bool) -> None:
     print(json.dumps(data, indent=1) if as_json else text)
 
@@ -398,6 +423,11 @@ def bench(
     prompt_lengths: Annotated[
         str, typer.Option("--prompt-lengths", help="Ids of the prompts to paint, with commas.")
     ] = "32,128",
+    quality: Annotated[
+        Optional[Path],
+        typer.Option(help="Score answers instead: a JSONL file of images, prompt and answers; of an engine, too."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="So many of the task's samples, always the same.", min=1)] = None,
     language_model: LanguageOption = None,
     vision: VisionOption = None,
     vae: VaeOption = None,
@@ -414,8 +444,13 @@ def bench(
     from mmopt.fewshot import bench_fewshot
     from mmopt.report import bench_plot, bench_text, fewshot_text, painting_text
 
-    if paint and shots is not None:
-        raise ValueError("--paint and --shots time different things: give one of them")
+    if sum([paint, shots is not None, quality is not None]) > 1:
+        raise ValueError("--paint, --shots and --quality measure different things: give one of them")
+    if quality is not None:
+        options = parts(language_model, vision, vae, ln_post, more)
+        score = score_of(checkpoint, quality, limit, threads, dtype, context, options)
+        show(score.to_json(), str(score), as_json)
+        return
     if config is not None and not random_weights:
         raise ValueError("--config has no weights: say --random-weights to time it with random ones")
     with progress("measuring") as now:

@@ -446,6 +446,8 @@ def bench(
 
     if sum([paint, shots is not None, quality is not None]) > 1:
         raise ValueError("--paint, --shots and --quality measure different things: give one of them")
+    if limit is not None and quality is None:
+        raise ValueError("--limit is for the samples of --quality")
     if quality is not None:
         options = parts(language_model, vision, vae, ln_post, more)
         score = score_of(checkpoint, quality, limit, threads, dtype, context, options)

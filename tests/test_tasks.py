@@ -165,7 +165,7 @@ def test_families_whose_images_lie_outside_the_text(family, tmp_path):
     program = mmopt.trace(mmopt.load(DATA / "flamingo" / family), batch=3, images=2, context=128)
     program.info["tokenizer"] = letters(program.info["vocab_size"], {}).to_str()
     rng = np.random.default_rng(0)
-    a, b, c = (rng.integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (30, 90, 3), (50, 50, 3)))
+    a, b, c = (rng.integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (28, 84, 3), (20, 20, 3)))
     images = [[a], [b, c], [], [c, a]] + [[[a, b], [b, c]], [np.stack([a, a, a])]] * (family == "openflamingo")
     task = Task(family, [Sample(f"ask {'abcdef'[i]}", x, ["x"], 6 + i) for i, x in enumerate(images)])
     ours, theirs = quality(program, task), quality(exported(program, tmp_path / "engine"), task)
@@ -381,6 +381,8 @@ def test_on_the_command_line(engine, tmp_path, capsys):
     assert len(found[0]["ids"]) == 1
     both = run_cli(["bench", str(engine.directory), "--quality", str(tmp_path / "task.jsonl"), "--paint"], capsys)
     assert (both[0], "give one of them" in both[2]) == (2, True)
+    alone = run_cli(["bench", str(engine.directory), "--limit", "3"], capsys)
+    assert (alone[0], "--limit is for the samples of --quality" in alone[2]) == (2, True)
     missing = run_cli(["bench", "--quality", str(tmp_path / "task.jsonl")], capsys)
     assert (missing[0], "--quality needs an engine directory or a checkpoint" in missing[2]) == (2, True)
 

@@ -94,10 +94,8 @@ def main() -> None:
         verdict = judge(pictures)
         row = {"plan": name, "passes": 2 * a.fine if plan is None else plan.passes}
         row |= {"drift": float(errors.mean()), "p90": float(np.quantile(errors, 0.9))}
-        row |= {
-            "psnr": float(psnr(normalised(pictures), normalised(real)).mean()),
-            "frechet": frechet(verdict.features),
-        }
+        decibels = psnr(normalised(pictures), normalised(real)).clamp(max=99)  # infinite for equal pictures
+        row |= {"psnr": float(decibels.mean()), "frechet": frechet(verdict.features)}
         rows.append(row | {"as_asked": verdict.right(wanted)["all"]})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     found = {k: v for k, v in vars(a).items() if k != "out"} | {"guidance": 2.0}

@@ -131,7 +131,7 @@ def fit_plan(
     for f in [] if forms is None else dict.fromkeys(str(f) for f in forms):
         if (chosen := held & (np.array(forms) == f)).any():
             groups[f"form {f}"] = chosen
-    errors = {k: _summary(relative_errors(x, fine.result), groups) for k, x in results.items()}
+    errors = {k: summary(relative_errors(x, fine.result), groups) for k, x in results.items()}
     wins, reason = _verdict(errors, best.plan, passes)
     key = {"model": model, "steps": steps, "guidance": w, "form": form}
     return FitResult(best.plan if wins else base, best.plan, wins, reason, errors, count, grid, key)
@@ -149,7 +149,8 @@ def _held_out(held_out: float | Sequence[bool] | np.ndarray, n: int) -> np.ndarr
     return held
 
 
-def _summary(errors: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def summary(errors: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Mean and 90th percentile of the errors ``[n]`` of each group, given as masks ``[n]``."""
     return {k: {"mean": float(errors[g].mean()), "p90": float(np.quantile(errors[g], 0.9))} for k, g in groups.items()}
 
 

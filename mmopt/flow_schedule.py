@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmopt.flow_fitting import FitResult, fit_plan
+from mmopt.flow_fitting import FitResult, fit_plan, summary
 from mmopt.flow_frontier import Choice, Drift, Row, search
 from mmopt.flow_plan import FlowPlan, Velocity, solve
 from mmopt.flow_polish import polish_plan
@@ -83,10 +83,10 @@ def polished(
     start, end = (torch.from_numpy(np.ascontiguousarray(x[:count])) for x in (noise, truth))
     plan = polish_plan(chosen, fit.fitted, start, end, stop, iterations).plan
     found = relative_errors(solve(plan, velocity, noise)[-1], truth)
-    errors = {"train": found[:count], "held_out": found[count:]}
-    summary = {k: {"mean": float(e.mean()), "p90": float(np.quantile(e, 0.9))} for k, e in errors.items()}
-    made = dataclasses.replace(fit, errors=fit.errors | {"polished": summary})
-    ours, least = summary["held_out"]["mean"], min(fit.errors[k]["held_out"]["mean"] for k in ("fitted", "ab2"))
+    held = np.arange(len(noise)) >= count
+    errors = summary(found, {"train": ~held, "held_out": held})
+    made = dataclasses.replace(fit, errors=fit.errors | {"polished": errors})
+    ours, least = errors["held_out"]["mean"], min(fit.errors[k]["held_out"]["mean"] for k in ("fitted", "ab2"))
     if not ours < 0.99 * least:  # less is rounding
         return dataclasses.replace(made, reason=f"{fit.reason}; polished {ours:.4g} does not win")
     reason = f"held out: polished {ours:.4g} against {least:.4g} before"

@@ -1,10 +1,12 @@
 """What the exporters' tests share: recorded data, how a graph is loaded, and what its values are."""
 
+import json
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 import torch
+from mmopt.exporters.onnx import export
 from onnx import TensorProto
 
 ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -41,3 +43,16 @@ def in_float32(program, values):
 def in_float16(path, values):
     given = {k: v.half().numpy() if v.is_floating_point() else v.numpy() for k, v in values.items()}
     return [torch.from_numpy(x) for x in session(path / "toy.onnx").run(None, given)]
+
+
+def checked(out):
+    """What the exporter says it checked of an engine directory."""
+    return json.loads((out / "program.json").read_text())["checked"]
+
+
+def assert_builds(program, out, dtype):
+    """TensorRT takes every stage; in the Program's own precision the graphs also give what it gives."""
+    found = checked(export(program, out, "tensorrt", dtype))
+    assert found["tensorrt"] == "parsed and built"
+    if dtype is None:
+        assert found["program"] == "equal"

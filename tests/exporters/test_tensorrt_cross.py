@@ -1,6 +1,5 @@
 """The TensorRT gate on families whose images lie outside the text: every stage is parsed and built."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import profiles
+from sessions import assert_builds, checked
 
 from mmopt.checkpoint import load
 from mmopt.pipeline import optimize
@@ -29,17 +29,10 @@ def optimized(program):
     return optimize(program, check=False).program
 
 
-def checked(out):
-    return json.loads((out / "program.json").read_text())["checked"]
-
-
 @installed
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
 def test_optimized_builds(optimized, tmp_path, dtype):
-    found = checked(export(optimized, tmp_path / "engine", "tensorrt", dtype))
-    assert found["tensorrt"] == "parsed and built"
-    if dtype is None:
-        assert found["program"] == "equal"
+    assert_builds(optimized, tmp_path / "engine", dtype)
 
 
 @installed

@@ -12,6 +12,7 @@ from mmopt.exporters.emit import ExportError, output_name
 from mmopt.exporters.weights import weight_bytes
 
 from mmopt import contracts
+from mmopt.decoding import LEFT_OUT
 from mmopt.graph import CACHED_ATTENTION, shape_of
 from mmopt.pipeline import why_unchecked
 from mmopt.program import Program, Stage
@@ -84,7 +85,7 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
     for name, node in stage.input_nodes().items():
         shape = [sizes[str(s)] if isinstance(s, sympy.Expr) else s for s in shape_of(node)]
         dtype = node.meta["dtype"]
-        if name == "offset":
+        if name in ("offset", *LEFT_OUT):
             values[name] = torch.randint(0, 3, shape, generator=g)
         elif name == "past":
             values[name] = torch.full(shape, PAST, dtype=dtype)
@@ -97,6 +98,8 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
             values[name] = torch.randint(0, most, shape, generator=g).to(dtype)
         if name == "key_mask":
             values[name][:, 0] = True
+        if name.endswith("_sizes"):  # how many rows each stands for
+            values[name] = values[name].abs() + 1
         if name == "time":
             values[name] = 1000 * torch.rand(shape, generator=g)
     return values

@@ -148,6 +148,28 @@ def vector_norm(e: Emitter, n: Node) -> str:
     return e.cast(made, wide, e.dtype(n))
 
 
+def reduced(kind: str) -> Rule:
+    """Along given dimensions, or all; truth values are counted in the dtype of the sum."""
+
+    def rule(e: Emitter, n: Node) -> str:
+        x, dims, keep = arguments(n, 1, None, False, None)[:3]
+        axes = list(dims) if dims else list(range(len(shape_of(x))))
+        return e.op(kind, e.cast(e.value(x), e.dtype(x), e.dtype(n)), e.ints(axes), keepdims=int(keep))
+
+    return rule
+
+
+def subtracted_from(e: Emitter, n: Node) -> str:
+    if len(n.args) > 2:
+        raise e.error("only a subtraction without a factor is supported")
+    return e.op("Sub", e.operand(n.args[1], e.dtype(n)), e.operand(n.args[0], e.dtype(n)))
+
+
+def top_k(e: Emitter, n: Node) -> tuple:
+    x, k, dim, largest, in_order = arguments(n, 2, -1, True, True)
+    return e.op("TopK", e.value(x), e.size(k), outputs=2, axis=dim, largest=int(largest), sorted=int(in_order))
+
+
 def argmax(e: Emitter, n: Node) -> str:
     x, dim, keep = arguments(n, 1, None, False)
     if dim is None:
@@ -198,6 +220,13 @@ def clamp(e: Emitter, n: Node) -> str:
     return out
 
 
+def whole_div(e: Emitter, n: Node) -> str:
+    """Division of whole numbers that are not negative, rounded down, as ONNX divides them."""
+    if n.args[2] != "floor" or e.dtype(n) != torch.int64:
+        raise e.error(f"division rounded by {n.args[2]} is supported for whole numbers, down, only")
+    return binary("Div")(e, n)
+
+
 PLAIN: dict[Any, Rule] = {
     operator.getitem: lambda e, n: e.values[n.args[0]][n.args[1]],
     RESHAPE: reshape,
@@ -221,6 +250,18 @@ PLAIN: dict[Any, Rule] = {
     aten.upsample_nearest2d.vec: upsample,
     aten.pixel_shuffle.default: pixel_shuffle,
     aten.mean.dim: mean,
+    aten.sum.dim_IntList: reduced("ReduceSum"),
+    aten.amax.default: reduced("ReduceMax"),
+    aten.amin.default: reduced("ReduceMin"),
+    aten.topk.default: top_k,
+    aten.matmul.default: binary("MatMul"),
+    aten.bmm.default: binary("MatMul"),
+    aten.minimum.default: binary("Min"),
+    aten.maximum.default: binary("Max"),
+    aten.rsub.Scalar: subtracted_from,
+    aten.rsub.Tensor: subtracted_from,
+    aten.where.ScalarOther: where,
+    aten.where.ScalarSelf: where,
     aten.linalg_vector_norm.default: vector_norm,
     aten.silu.default: silu,
     aten.scaled_dot_product_attention.default: masked_attention,
@@ -232,6 +273,7 @@ PLAIN: dict[Any, Rule] = {
     MUL: binary("Mul"),
     aten.sub.Tensor: binary("Sub"),
     aten.div.Tensor: binary("Div"),
+    aten.div.Tensor_mode: whole_div,
 }
 PLAIN |= {
     getattr(aten, name).default: unary(kind)

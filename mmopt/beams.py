@@ -136,7 +136,7 @@ def follow(cache: Cache, parents: Sequence[int], start: int) -> None:
             whole = t.owner.numpy()
             whole[lanes, :, start:end] = whole[sources, :, start:end]
             t.owner.update_inplace(whole)
-    cache.past[lanes] = cache.past[sources]
+    cache.past[lanes], cache.left_out[lanes] = cache.past[sources], cache.left_out[sources]
     held, leading = [cache.holds[s] for s in sources], [cache.leading[s] for s in sources]
     views = [cache.views[s].copy() for s in sources] if cache.views else []
     for i, lane in enumerate(lanes):

@@ -63,6 +63,10 @@ SetOption = Annotated[
     Optional[list[str]],
     typer.Option("--set", metavar="NAME=VALUE", help="What the files do not tell (vision_heads=12); may be repeated."),
 ]
+PlanOption = Annotated[
+    Optional[Path],
+    typer.Option("--plan", help="Apply a plan too: a file of `mmopt optimize --plan-out`, or an engine made with one."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -202,22 +206,83 @@ def optimize(
     vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
+    plan: PlanOption = None,
+    quality: Annotated[
+        Optional[Path],
+        typer.Option(help="Search for the cheapest compression that keeps the quality on a task, a JSONL file."),
+    ] = None,
+    drop: Annotated[
+        Optional[float], typer.Option(help="How far the mean score may fall. [default: 0.01]", min=0.0, max=1.0)
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="So many of the task's samples, always the same.", min=1)] = None,
+    trials: Annotated[Optional[int], typer.Option(help="Plans to measure. [default: 30]", min=1)] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of the search. [default: 0]", min=0)] = None,
+    store: Annotated[Optional[Path], typer.Option(help="Keep the trials in this file, to go on from there.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw quality over cost to this PNG file.")] = None,
+    plan_out: Annotated[Optional[Path], typer.Option("--plan-out", help="Write the plan found to this file.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the exact passes and report what each did, where, and what it left alone. `export` does this too."""
     import mmopt
 
+    given: dict[str, Any] = {"drop": drop, "limit": limit, "trials": trials, "seed": seed, "store": store}
+    given = {k: v for k, v in given.items() if v is not None}
+    written = {"--plot": plot, "--plan-out": plan_out}
+    alone = [f"--{k}" for k in given] + [k for k, v in written.items() if v is not None]
+    if quality is None and alone:
+        raise ValueError(f"{', '.join(alone)}: only for a search, with --quality")
+    if quality is not None and plan is not None:
+        raise ValueError("--quality searches for a plan and --plan gives one: give one of them")
+    if plot is not None:
+        from mmopt.report import png_figure
+
+        png_figure(plot, (1, 1))  # before the search, not after it
+    for option, path in written.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no such directory")
     with progress("optimizing") as now:
+        budget = None
+        if quality is not None:
+            from mmopt.budget import Quality
+
+            budget = Quality(mmopt.Task.load(quality), **given)
+            images = max(images, *(len(s.images) for s in budget.task.samples))
         now("tracing")
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
-        result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
+        result = optimized(program, plan, budget, check=check, observers=[lambda name, report: now(name)])
     if out is not None:
         temporary = out.with_name(out.name + ".tmp")
         temporary.write_text(str(result.program) + "\n")
         temporary.rename(out)
-    show({"reports": [vars(r) for r in result.reports]}, str(result), as_json)
+    facts: dict[str, Any] = {"reports": [vars(r) for r in result.reports]}
+    text = str(result)
+    if budget is not None:
+        search = result.search
+        facts, text = facts | {"search": search.to_json()}, f"{text}\n{search.text()}"
+        if plot is not None:
+            search.plot(plot)
+        if plan_out is not None:
+            from mmopt.plans import save_plan
+
+            save_plan(result.program.info["plan"], plan_out)
+    show(facts, text, as_json)
+
+
+def optimized(program: Any, plan: Path | None, budget: Any = None, **options: Any) -> Any:
+    """The exact passes, with the plan of a file or with one that is searched for."""
+    import mmopt
+
+    if budget is not None:
+        from mmopt.budget import search_quality
+
+        return search_quality(program, budget, **options)
+    if plan is not None:
+        from mmopt.plans import apply_plan
+
+        return apply_plan(program, plan, **options)
+    return mmopt.optimize(program, **options)
 
 
 @app.command()
@@ -240,6 +305,7 @@ def export(
     vae: VaeOption = None,
     ln_post: LnPostOption = False,
     more: SetOption = None,
+    plan: PlanOption = None,
     passes: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the exact passes first.")] = True,
     check: Annotated[
         Optional[bool],
@@ -266,8 +332,9 @@ def export(
             mmopt.load(checkpoint, **parts(language_model, vision, vae, ln_post, more)), batch, images, context
         )
         reports: list = []
-        if passes:
-            result = mmopt.optimize(program, check=check, observers=[lambda name, report: now(name)])
+        if passes or plan is not None:
+            options: dict[str, Any] = {"passes": None if passes else [], "check": check}
+            result = optimized(program, plan, observers=[lambda name, report: now(name)], **options)
             program, reports = result.program, result.reports
         if fit is not None:
             from mmopt.flow_schedule import keep_fits

@@ -24,6 +24,7 @@ from mmopt.session import Bound, EngineError, Sessions, Tensor, from_bits
 from mmopt.sight import PER_CALL
 from mmopt.view import Image, View, given
 
+LEFT_OUT = ("left_out_before", "left_out")  # rows of images left out: before a call, and after its images
 POOLED = 2  # caches kept for the next calls
 
 
@@ -47,8 +48,9 @@ class Cache:
 
     def __init__(self, decoder: Decoder, batch: int):
         model = decoder.language
-        self.batch, self._decoder = batch, decoder
+        self.batch, self.decoder = batch, decoder
         self.past = np.zeros(batch, np.int64)
+        self.left_out = np.zeros(batch, np.int64)  # rows of each lane's images whose positions stay empty
         self.leading: list[tuple[int, ...]] = [()] * batch  # text before the first image that each lane begins with
         # Where images lie outside the text: what each lane sees, and a number that changes whenever that does.
         self.views = [View(decoder.info) for _ in range(batch)] if decoder.cross else []
@@ -63,7 +65,7 @@ class Cache:
 
     def step(self, lanes: int) -> DecodeStep:
         if lanes not in self._steps:
-            self._steps[lanes] = DecodeStep(self._decoder, self, lanes)
+            self._steps[lanes] = DecodeStep(self.decoder, self, lanes)
         return self._steps[lanes]
 
 
@@ -74,6 +76,7 @@ class DecodeStep:
         embed, model = decoder.embed, decoder.language
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
+        self._left_out = Tensor.zeros((lanes,), "int64", model.device)
         self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
         self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
         self._decoder, self._cache, self._lanes = decoder, cache, lanes
@@ -85,7 +88,8 @@ class DecodeStep:
             views = cache.views[:lanes]
             images = given(decoder, views, [[v.sight.now] for v in views])
         else:
-            images = {"visual": Tensor.zeros((lanes, 0, decoder.width), decoder.dtype, decoder.language.device)}
+            images = {"visual": Tensor.zeros((lanes, 0, decoder.row_width), decoder.dtype, decoder.language.device)}
+            images |= decoder.left_out(self._left_out, self._left_out)
         self._bound, self._logits = decoder.bind_language(images, self._text, self._past, cache, slice(0, lanes), 1)
         self._version = cache.version
 
@@ -94,6 +98,7 @@ class DecodeStep:
             self._bind()
         self._ids.write(np.array(ids, np.int64)[:, None])
         self._past.write(past)
+        self._left_out.write(self._cache.left_out[: self._lanes])
         self._embed.run()
         for b in self._bound:
             b.run()
@@ -106,6 +111,7 @@ class Decoder:
     def __init__(self, directory: Path, facts: dict[str, Any], provider: str, threads: int):
         self.info, self.dtype = facts["info"], facts["dtype"]
         self.width = self.info["hidden_size"]
+        self.row_width = self.info.get("row_width", self.width)  # of rows of images among the text
         loops = [i["loop"] for i in facts["schedule"] if i.get("over") == "chunks"]
         if len(loops) != 1 or len(loops[0]) not in (2, 3):
             raise EngineError(f"{directory}: its schedule has no loop over chunks of a text stage and a language model")
@@ -130,7 +136,15 @@ class Decoder:
         self.takes_frames = self.pixels["shape"][1] == "F"
         self._encode_calls = [c for c in calls if c not in self._look_calls]
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
-        known = {"visual", "text", "offset", *PER_CALL, *self.whole, *(f"segment.{k}" for k in self.segmented)}
+        known = {
+            "visual",
+            "text",
+            "offset",
+            *LEFT_OUT,
+            *PER_CALL,
+            *self.whole,
+            *(f"segment.{k}" for k in self.segmented),
+        }
         unknown = {k for k in self.language.inputs if k not in known and k not in self.language.outputs}
         if unknown:
             raise EngineError(
@@ -144,7 +158,7 @@ class Decoder:
         """Shape of what the image stages make of one image."""
         if self.cross:
             return self.cross["blocks"], self.cross["rows"], self.cross["width"]
-        return self.info["rows_per_image"], self.width
+        return self.info["rows_per_image"], self.row_width
 
     def sees_ahead(self, ids: Sequence[int]) -> bool:
         """Whether rows of a prompt see images that come after it, so that these change them."""
@@ -225,11 +239,19 @@ class Decoder:
         elif cache.past[lane] < len(cache.leading[lane]):
             cache.leading[lane] = ()
         for chunk in chunks:
-            visual = Tensor.zeros((1, 0, self.width), self.dtype, self.language.device)
+            visual = Tensor.zeros((1, 0, self.row_width), self.dtype, self.language.device)
             if chunk.images:
                 visual = _one_after_the_other([ready[i].rows for i in chunk.images])
-            last = self._feed(cache, lane, chunk.ids, {"visual": visual})
+            before = cache.left_out[lane : lane + 1].copy()
+            after = before + len(chunk.images) * self.info.get("rows_left_out", 0)
+            told = self.left_out(Tensor.of(before, "int64"), Tensor.of(after, "int64"))
+            cache.left_out[lane] = after[0]
+            last = self._feed(cache, lane, chunk.ids, {"visual": visual} | told)
         return last
+
+    def left_out(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+        """What the language model is told of rows that were left out, if it asks for that."""
+        return {k: t for k, t in zip(LEFT_OUT, (before, after), strict=True) if k in self.language.inputs}
 
     def _feed(self, cache: Cache, lane: int, ids: Sequence[int], images: dict[str, Tensor]) -> np.ndarray:
         """One call of the language model on some rows of one lane; returns the last row's logits ``[V]``."""
@@ -309,7 +331,7 @@ class Decoder:
             if cache is not None:
                 self._pool.remove(cache)
         cache = cache or Cache(self, batch)
-        cache.past[:] = 0
+        cache.past[:] = cache.left_out[:] = 0
         sound = False  # after an error the caches may hold anything, values that are not finite too
         try:
             yield cache

@@ -17,7 +17,7 @@ from mmopt.decoding import Cache, Decoder, Job
 from mmopt.engine_painting import Painting, paint, shown
 from mmopt.flow_plan import FlowPlan
 from mmopt.painting import choose_plan, draw_noise
-from mmopt.planning import count_rows, plan
+from mmopt.planning import count_rows, left_out, plan
 from mmopt.prefix import Prefix, fingerprint, read, take
 from mmopt.processing import ChatTemplate, TextProcessor, painting_ids
 from mmopt.sampling import Answer, Completion, Request
@@ -331,6 +331,12 @@ class Engine:
         limit = request.max_new_tokens or max(1, self.info["context"] - rows + 1)
         with _engine_errors():
             plan([ids], self.info, limit)
+        reach = rows + limit - 1 + left_out(ids, self.info) + (left_out(start.ids, self.info) if start else 0)
+        if reach > self.info.get("positions", reach):
+            raise EngineError(
+                f"the prompt with its prefix reaches position {reach}, rows of images that were left out counted, but "
+                f"the model has {self.info['positions']}"
+            )
         if start and rows + limit - 1 > self.info["context"]:
             raise EngineError(
                 f"the prefix takes {start.rows} rows, the prompt {rows - start.rows}, and {limit} new tokens are asked "

@@ -22,6 +22,11 @@ def count_rows(prompt: Sequence[int], info: dict[str, Any]) -> int:
     return len(prompt) + images * (info["rows_per_image"] - 1)
 
 
+def left_out(prompt: Sequence[int], info: dict[str, Any]) -> int:
+    """Rows of a prompt's images that were left out of the cache, at whose positions nothing stands."""
+    return info.get("rows_left_out", 0) * sum(1 for t in prompt if t == info["image_id"])
+
+
 def plan(
     prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int, images: Sequence[int] | None = None
 ) -> list[Chunk]:
@@ -63,6 +68,12 @@ def plan(
             raise ValueError(
                 f"prompt {sample} takes {rows} rows and {new_tokens} new tokens are asked for, but the cache holds "
                 f"{info['context']}; trace with a larger context or ask for fewer tokens"
+            )
+        reach = rows + left_out(prompt, info) + new_tokens - 1
+        if reach > info.get("positions", reach):
+            raise ValueError(
+                f"prompt {sample} reaches position {reach}, rows of images that were left out counted, but the model "
+                f"has {info['positions']}; renumber positions, ask for fewer tokens or give fewer images"
             )
         if apart:
             chunks.append(Chunk(sample, tuple(range(image, image + count)), tuple(map(int, prompt))))

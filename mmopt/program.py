@@ -193,6 +193,7 @@ class Program:
             for k, (shape, dtype) in self.state.items()
         }
         values |= self._seen(len(prompts))
+        values["left_out"] = torch.zeros(len(prompts), dtype=torch.int64)  # rows of images that are not in the caches
         if pixel_values is not None:
             values["pixel_values"] = self.as_frames(pixel_values.to(self.info["torch_dtype"]))
             values |= image_inputs or {}
@@ -262,7 +263,12 @@ class Program:
         """One chunk of one sample: carried values are that sample's row of the batch, put back afterwards."""
         lane = slice(chunk.sample, chunk.sample + 1)
         local = {k: v[lane] if k in self.state else v for k, v in values.items()}
-        width = self.info["hidden_size"]
+        width = self.info.get("row_width", self.info["hidden_size"])
+        left_out = values["left_out"][lane]
+        after = left_out + len(chunk.images) * self.info.get("rows_left_out", 0)
+        local |= {"chunk.left_out_before": left_out, "chunk.left_out": after}
+        values["left_out"] = values["left_out"].clone()
+        values["left_out"][lane] = after
         if media:
             local |= media.of_chunk(chunk, values)
             visual = None
@@ -283,7 +289,7 @@ class Program:
     def _decode(
         self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe, media: Media | None
     ) -> None:
-        width = self.info["hidden_size"]
+        width = self.info.get("row_width", self.info["hidden_size"])
         batch = values["logits"].shape[0]
         values["no_visual"] = torch.zeros(batch, 0, width, dtype=self.info["torch_dtype"])
         ended = torch.zeros(batch, 1, dtype=torch.bool)

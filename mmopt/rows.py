@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Graph, Node
 
 from mmopt.graph import (
@@ -169,7 +170,7 @@ class Seams:
         return None
 
     def cat(self, n: Node, values: tuple[Value, ...], dim: int) -> Value:
-        if n.meta["const"]:
+        if n.meta["const"] or n.meta["dtype"] == torch.int64:  # positions: what they are looked up for stays whole
             return self.b.cat([self.join(v) for v in values], dim)
         flat: list[Node] = []
         for v in values:

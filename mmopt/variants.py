@@ -116,10 +116,13 @@ class TorchStages:
         import torch
 
         rows, ids, past, leading = chunk
-        width, dtype = program.info["hidden_size"], program.info["torch_dtype"]
+        width, dtype = program.info.get("row_width", program.info["hidden_size"]), program.info["torch_dtype"]
+        left_out = torch.tensor([program.info.get("rows_left_out", 0)], device=self.device)
         fixed: dict[str, Any] = {
             "ids": torch.tensor([ids], device=self.device),
             "past": torch.tensor([past], device=self.device),
+            "left_out_before": left_out * (past > 0 and not rows),  # a prompt of one image, then a token
+            "left_out": left_out * (past > 0 or rows > 0),
             "visual": "image_rows" if rows else torch.zeros(1, 0, width, dtype=dtype, device=self.device),
         }
         sizes = {"B": 1, "nv": rows, "nt": len(ids)}

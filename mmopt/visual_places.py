@@ -1,0 +1,225 @@
+"""Where a program can do with fewer visual rows, and what is put there: places found by data flow, and their cuts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from mmopt.family import StageSpec, TensorSpec
+from mmopt.graph import ATTENTION, CONV2D, EXPAND, LINEAR, PERMUTE, RESHAPE, Builder, Size, shape_of, simplify, symbol
+from mmopt.narrowing import Cut, Narrower, Rows
+from mmopt.program import Call, Program, Stage
+from mmopt.selection import grid_of, reduce_rows, rows_at
+from mmopt.tracing import trace_stage
+
+PIXELS = "pixels"  # the place where an image is still one: it can be scaled down there
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value that holds the rows of an image, and through which all goes that is made of them.
+
+    name: "vision.3" is after the third attention of stage vision, "vision" is where its rows leave it, "pixels" before
+    they are rows. rows: how many there are, of a grid ``(height, width)`` if known.
+    """
+
+    name: str
+    stage: str
+    rows: int
+    grid: tuple[int, int] | None
+    node: Node
+
+    def __str__(self) -> str:
+        grid = f" ({self.grid[0]} x {self.grid[1]})" if self.grid else ""
+        return f"{self.name}: {self.rows} rows of an image{grid}"
+
+
+def image_stages(program: Program) -> list[str]:
+    """The stages that make rows of pixels, in the order of their calls."""
+    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedule)]  # type: ignore[union-attr]
+
+
+def follow(program: Program) -> dict[str, Narrower]:
+    """Where the rows of an image lie in each image stage, as it is."""
+    border: dict[str, Rows] = {}
+    found = {}
+    for name in image_stages(program):
+        stage = program.stages[name]
+        given = {n: border[k] for k, n in stage.input_nodes().items() if k in border}
+        found[name] = Narrower(stage.graph, given)
+        found[name].run()
+        border |= {k: found[name].rows[n] for k, n in stage.output_nodes().items() if n in found[name].rows}
+    return found
+
+
+def find_places(program: Program) -> list[Place]:
+    """All places of a program at which rows of an image can be left out, from the pixels on."""
+    places = []
+    for stage, narrower in follow(program).items():
+        first: dict[int, Place] = {}  # by how many attentions came before
+        last = None
+        for n, passed in alone(narrower):
+            held = narrower.rows[n]
+            if n.target is RESHAPE and n.args[0].target is CONV2D:  # type: ignore[union-attr]
+                places.append(Place(PIXELS, stage, held.count, held.grid, n))
+            elif held.dim == 1 and len(shape_of(n)) == 3:
+                last = Place(stage, stage, held.count, held.grid, n)
+                first.setdefault(passed, replace(last, name=f"{stage}.{passed}"))
+        places += [p for passed, p in first.items() if passed and last and p.node is not last.node]
+        places += [last] if last else []
+    return places
+
+
+def alone(narrower: Narrower) -> Iterator[tuple[Node, int]]:
+    """Values with rows of an image through which all goes that is made of inputs, and the attentions before each."""
+    last_use = {a: n for n in narrower.graph.nodes for a in n.all_input_nodes}
+    live: set[Node] = set()
+    fed: set[Node] = set()
+    passed = 0
+    for n in narrower.graph.nodes:
+        if n in last_use and (n.op == "placeholder" or any(a in fed for a in n.all_input_nodes)):
+            fed.add(n)
+            live.add(n)
+        live -= {a for a in n.all_input_nodes if last_use[a] is n}
+        passed += n.target is ATTENTION
+        held = narrower.rows.get(n)
+        if held and n.op == "call_function" and live == {n} and isinstance(held.count, int) and held.count > 1:
+            yield n, passed
+
+
+# ---------------------------------------------------------------------------------------------------- choosing rows
+class Choose(nn.Module):
+    """`mmopt.selection` on the rows of an image within a value, to be traced."""
+
+    def __init__(self, keep: int, method: str, rows: Rows, heads: int, names: list[str]):
+        super().__init__()
+        self.keep, self.method, self.rows, self.heads, self.names = keep, method, rows, heads, names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        given, r = dict(zip(self.names, values, strict=True)), self.rows
+        own = slice(r.lo, r.lo + r.size)
+        query = keys = None
+        if "queries" in given:  # the row before those of the image sums it up, else their mean does
+            q = given["queries"]
+            query = q[:, 0] if r.lo else q[:, own].mean(1)
+            keys = given["keys"][:, own]
+        grid = r.grid if r.new is None else None
+        made = reduce_rows(
+            given["x"][:, own], self.keep, self.method, grid, query, keys, self.heads, given.get("sizes")
+        )
+        places, sizes = made.places, made.sizes
+        if "places" in given:
+            places = rows_at(given["places"][..., None], places)[..., 0]
+        if sizes is None and "sizes" in given:
+            sizes = rows_at(given["sizes"][..., None], made.places)[..., 0]
+        return made.rows, places, *([] if sizes is None else [sizes])
+
+
+def choose(keep: int, method: str, weights: dict[str, Tensor]) -> Cut:
+    """A cut that leaves `keep` rows of each image; constants of the method are added to `weights`."""
+
+    def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
+        b, x = narrower.b, narrower.env[n]
+        given = {"x": x}
+        scored, heads = narrower.scored, 1
+        if scored is not None and scored.rows.same(held):
+            given |= {"queries": scored.queries, "keys": scored.keys}
+            heads = scored.heads
+        given |= {k: v for k, v in (("places", held.places), ("sizes", held.sizes)) if v is not None}
+        names = list(given)
+        inputs: Any = {k: TensorSpec(("N", *shape_of(v)[1:]), v.meta["dtype"]) for k, v in given.items()}
+        module = Choose(keep, method, held, heads, names)
+        rows, places, *sizes = inline(b, trace_stage(StageSpec(module, inputs, [*"abc"]), weights), [*given.values()])
+        before = b.slice(x, 1, 0, held.lo)
+        after = b.slice(x, 1, simplify(held.lo + held.size), shape_of(x)[1])
+        made = b.cat([v for v in (before, rows, after) if shape_of(v)[1] != 0], 1)
+        return made, replace(held, new=keep, places=places, sizes=sizes[0] if sizes else None)
+
+    return cut
+
+
+def inline(b: Builder, stage: Stage, inputs: list[Node]) -> list[Node]:
+    """The nodes of a stage, of samples N, within another graph."""
+    env: dict[Node, Any] = dict(zip(stage.placeholders(), inputs, strict=True))
+    batch = {symbol("N"): shape_of(inputs[0])[0]}
+
+    def sized(x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return tuple(sized(a) for a in x)
+        if isinstance(x, Node):
+            return env[x]
+        return simplify(x.subs(batch)) if isinstance(x, sympy.Expr) else x
+
+    for n in stage.graph.nodes:
+        if n.op == "output":
+            return [env[a] for a in n.args[0]]
+        if n.op == "get_attr":
+            env[n] = b.leaf(n)
+        elif n.op == "call_function":
+            env[n] = b.emit(n.target, sized(n.args), sized(n.meta["shape"]), n.meta["dtype"])
+    raise AssertionError("a graph ends with its output")
+
+
+# ------------------------------------------------------------------------------------------- scaling the image down
+def resample(old: int, new: int) -> Tensor:
+    """Bicubic resampling along one dimension with antialiasing, as a matrix ``[new, old]``."""
+    unit = torch.eye(old, dtype=torch.float64)[None, None]
+    return F.interpolate(unit, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+
+
+def scale_down(keep: int, weights: dict[str, Tensor]) -> Cut:
+    """A cut where patches become rows: the image is made smaller, tables of positions are resampled like it."""
+
+    def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
+        b, conv = narrower.b, narrower.env[n].args[0]
+        pixels, (h, w), grid = conv.args[0], held.grid, grid_of(keep, held.grid)
+        if grid is None:
+            raise ValueError(f"keep: {keep} rows of an image are no grid within {h} x {w}")
+        kind, (high, wide) = pixels.meta["dtype"], shape_of(pixels)[-2:]
+        if high % h or wide % w:
+            raise ValueError(f"an image of {high} x {wide} pixels is no whole number of {h} x {w} patches")
+        small = high // h * grid[0], wide // w * grid[1]
+        x = along_last(b, pixels, constant(b, weights, "scale.columns", resample(wide, small[1]), kind))
+        x = along_last(b, flipped(b, x), constant(b, weights, "scale.rows", resample(high, small[0]), kind))
+        shape = (*shape_of(conv)[:-2], *grid)
+        made = b.emit(CONV2D, (flipped(b, x), *conv.args[1:]), shape, kind)
+        matrix = torch.kron(resample(h, grid[0]), resample(w, grid[1]))
+        places = matrix.argmax(1).sort().values[None]
+        held = replace(
+            held,
+            new=keep,
+            matrix=constant(b, weights, "scale.tables", matrix, torch.float32),
+            places=b.emit(
+                EXPAND,
+                (constant(b, weights, "scale.places", places, torch.int64), (shape[0], keep)),
+                (shape[0], keep),
+                torch.int64,
+            ),
+        )
+        return b.reshape(made, (*shape[:-2], keep)), held
+
+    return cut
+
+
+def constant(b: Builder, weights: dict[str, Tensor], name: str, value: Tensor, dtype: torch.dtype) -> Node:
+    weights[name] = value.to(dtype)
+    return b.weight(name, value.shape, dtype)
+
+
+def along_last(b: Builder, x: Node, matrix: Node) -> Node:
+    return b.emit(LINEAR, (x, matrix), (*shape_of(x)[:-1], shape_of(matrix)[0]), x.meta["dtype"])
+
+
+def flipped(b: Builder, x: Node) -> Node:
+    """The last two dimensions change places."""
+    shape: list[Size] = list(shape_of(x))
+    dims = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
+    return b.emit(PERMUTE, (x, dims), [shape[d] for d in dims], x.meta["dtype"])

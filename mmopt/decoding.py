@@ -242,10 +242,10 @@ class Decoder:
             visual = Tensor.zeros((1, 0, self.row_width), self.dtype, self.language.device)
             if chunk.images:
                 visual = _one_after_the_other([ready[i].rows for i in chunk.images])
-            before = cache.left_out[lane : lane + 1].copy()
-            after = before + len(chunk.images) * self.info.get("rows_left_out", 0)
-            told = self.left_out(Tensor.of(before, "int64"), Tensor.of(after, "int64"))
-            cache.left_out[lane] = after[0]
+            gone = cache.left_out[lane : lane + 1].copy()
+            cache.left_out[lane] += len(chunk.images) * self.info.get("rows_left_out", 0)
+            now = cache.left_out[lane : lane + 1].copy()
+            told = self.left_out(Tensor.of(gone, "int64"), Tensor.of(now, "int64"))
             last = self._feed(cache, lane, chunk.ids, {"visual": visual} | told)
         return last
 

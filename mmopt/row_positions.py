@@ -27,7 +27,7 @@ from mmopt.graph import (
 )  # fmt: skip
 from mmopt.narrowing import Narrower, RefusedError, Rows
 from mmopt.program import Call, Loop, Program, Stage
-from mmopt.schedule import calls_of
+from mmopt.schedule import Cat, calls_of
 
 BASE = 128  # a column holds whole numbers below it exactly, in every type
 COLUMNS = 2
@@ -187,5 +187,5 @@ def _told(item: Call | Loop, stage: str) -> Call | Loop:
     if isinstance(item, Call):
         return item
     names = ("left_out_before", "left_out")
-    told = {k: f"chunk.{k}" for k in names} if item.over == "chunks" else {k: "left_out" for k in names}
+    told: dict[str, str | Cat] = {k: f"chunk.{k}" for k in names} if item.over == "chunks" else {k: "left_out" for k in names}
     return replace(item, body=tuple(replace(c, rename=c.rename | told) if c.stage == stage else c for c in item.body))

@@ -27,15 +27,20 @@ PIXELS = "pixels"  # the place where an image is still one: it can be scaled dow
 class Place:
     """A value that holds the rows of an image, and through which all goes that is made of them.
 
-    name: "vision.3" is after the third attention of stage vision, "vision" is where its rows leave it, "pixels" before
-    they are rows. rows: how many there are, of a grid ``(height, width)`` if known.
+    name: "vision.3" is after the third attention of stage vision, "vision.all" after each of them, fewer and fewer,
+    "vision" is where its rows leave it, "pixels" before they are rows. rows: how many there are, of a grid ``(height,
+    width)`` if known.
     """
 
     name: str
     stage: str
     rows: int
     grid: tuple[int, int] | None
-    node: Node
+    nodes: tuple[Node, ...]
+
+    def counts(self, kept: int) -> list[int]:
+        """How many rows stay after each of `nodes`, the last time `kept`."""
+        return [self.rows - round((self.rows - kept) * (i + 1) / len(self.nodes)) for i in range(len(self.nodes))]
 
     def __str__(self) -> str:
         grid = f" ({self.grid[0]} x {self.grid[1]})" if self.grid else ""
@@ -69,11 +74,14 @@ def find_places(program: Program) -> list[Place]:
         for n, passed in alone(narrower):
             held = narrower.rows[n]
             if n.target is RESHAPE and n.args[0].target is CONV2D:  # type: ignore[union-attr]
-                places.append(Place(PIXELS, stage, held.count, held.grid, n))
+                places.append(Place(PIXELS, stage, held.count, held.grid, (n,)))
             elif held.dim == 1 and len(shape_of(n)) == 3:
-                last = Place(stage, stage, held.count, held.grid, n)
+                last = Place(stage, stage, held.count, held.grid, (n,))
                 first.setdefault(passed, replace(last, name=f"{stage}.{passed}"))
-        places += [p for passed, p in first.items() if passed and last and p.node is not last.node]
+        inside = [p for passed, p in first.items() if passed and last and p.nodes != last.nodes]
+        if len(inside) > 1:
+            inside.append(replace(inside[-1], name=f"{stage}.all", nodes=tuple(n for p in inside for n in p.nodes)))
+        places += inside
         places += [last] if last else []
     return places
 
@@ -180,6 +188,7 @@ def scale_down(keep: int, weights: dict[str, Tensor]) -> Cut:
 
     def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
         b, conv = narrower.b, narrower.env[n].args[0]
+        assert held.grid is not None
         pixels, (h, w), grid = conv.args[0], held.grid, grid_of(keep, held.grid)
         if grid is None:
             raise ValueError(f"keep: {keep} rows of an image are no grid within {h} x {w}")

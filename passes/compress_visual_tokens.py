@@ -97,14 +97,18 @@ def cost(program: Program) -> float:
 def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:
     """`kept` rows of each image from a place on. RefusedError says why that cannot be done there."""
     made = program.copy()
-    cut = scale_down(kept, made.weights) if method == RESIZE else choose(kept, method, made.weights)
+    if method == RESIZE:
+        cuts = {place.nodes[0]: scale_down(kept, made.weights)}
+    else:
+        counts = zip(place.nodes, place.counts(kept), strict=True)
+        cuts = {node: choose(count, method, made.weights) for node, count in counts}
     runs: dict[str, Narrower] = {}
     results: dict[str, list[Node]] = {}
     border: dict[str, tuple[str, Rows]] = {}  # value -> the stage that makes it, and its rows
     for name in image_stages(program):
         stage = program.stages[name]
         given = {n: border[k][1] for k, n in stage.input_nodes().items() if k in border}
-        run = Narrower(stage.graph, given, {place.node: cut} if name == place.stage else None)
+        run = Narrower(stage.graph, given, cuts if name == place.stage else None)
         values = run.run()
         border |= {k: (name, run.rows[n]) for k, n in stage.output_nodes().items() if n in run.rows}
         if name == place.stage or any(r.new is not None for r in given.values()):

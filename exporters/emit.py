@@ -2,7 +2,7 @@
 
 A lowering is a dict: canonical operator -> function ``(emitter, node)`` that emits ONNX nodes and returns the name of
 the value (a tuple of names for an operator with several outputs). Sizes that are expressions of symbols become Shape,
-Add and Mul nodes on the stage's inputs. The same ONNX operator on the same inputs is emitted once.
+Add, Mul and Div nodes on the stage's inputs. The same ONNX operator on the same inputs is emitted once.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ class Emitter:
                 raise self.error(f"size {value} is not the size of any input")
             name, dim = self.symbols[value]
             return self.op("Shape", name, start=dim, end=dim + 1)
+        product, divisor = value.as_numer_denom()
+        if divisor != 1:  # it divides without rest
+            return self.op("Div", self.size(product), self.size(divisor))
         if isinstance(value, sympy.Add | sympy.Mul):
             kind = "Add" if isinstance(value, sympy.Add) else "Mul"
             total, *rest = sorted(value.args, key=lambda a: (isinstance(a, sympy.Integer), str(a)))

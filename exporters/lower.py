@@ -67,7 +67,9 @@ def to(e: Emitter, n: Node) -> str:
 
 
 def reshape(e: Emitter, n: Node) -> str:
-    return e.op("Reshape", e.value(n.args[0]), e.shape(shape_of(n), shape_of(n.args[0])))
+    shape = e.shape(shape_of(n), shape_of(n.args[0]))
+    computed = shape not in e.initializers  # then a size of 0 is 0, it does not stand for the old one
+    return e.op("Reshape", e.value(n.args[0]), shape, allowzero=1 if computed else None)
 
 
 def slice_(e: Emitter, n: Node) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmopt.decoding import Cache, Decoder, Job
+from mmopt.planning import told_of_images
 from mmopt.prefix import restore
 from mmopt.sampling import Answer, Completion
 from mmopt.session import EngineError
@@ -106,7 +107,8 @@ def answer(decoder: Decoder, job: Job) -> Completion:
         if job.prefix is not None:
             restore(cache, 0, job.prefix)
         first = decoder.prefill(cache, 0, job.ids, job.images, job.before)
-        prompt = int(cache.past[0])
+        late = told_of_images(cache.images[0], cache.images[0], decoder.info)["left_out_late"]
+        prompt = int(cache.past[0] - late)  # from there on at least one layer holds more than the prompt
         follow(cache, [0] * r.beams, 0)
 
         def step(ids: Sequence[int], parents: Sequence[int]) -> np.ndarray:
@@ -136,7 +138,7 @@ def follow(cache: Cache, parents: Sequence[int], start: int) -> None:
             whole = t.owner.numpy()
             whole[lanes, :, start:end] = whole[sources, :, start:end]
             t.owner.update_inplace(whole)
-    cache.past[lanes], cache.left_out[lanes] = cache.past[sources], cache.left_out[sources]
+    cache.past[lanes], cache.images[lanes] = cache.past[sources], cache.images[sources]
     held, leading = [cache.holds[s] for s in sources], [cache.leading[s] for s in sources]
     views = [cache.views[s].copy() for s in sources] if cache.views else []
     for i, lane in enumerate(lanes):

@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmopt.decoding import Cache, Job
-from mmopt.planning import count_rows, left_out
+from mmopt.planning import count_rows
 from mmopt.sampling import Answer, Completion, Request
 from mmopt.session import EngineError
 from mmopt.view import Image, View
@@ -85,7 +85,7 @@ class Chat:
                 kept = used = 0
             self._fed = ids[:kept]
             self._cache.past[0] = count_rows(self._fed, self._engine.info)
-            self._cache.left_out[0] = left_out(self._fed, self._engine.info)
+            self._cache.images[0] = used
             if decoder.cross:
                 self._cache.views[0] = View(self._engine.info, job.images[:used])
                 self._cache.views[0].sight.read(self._fed)

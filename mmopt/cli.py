@@ -238,6 +238,7 @@ def optimize(
         from mmopt.report import png_figure
 
         png_figure(plot, (1, 1))  # before the search, not after it
+    steps = read_steps(plan)
     for option, path in written.items():
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} {path}: there is no such directory")
@@ -251,7 +252,7 @@ def optimize(
         now("tracing")
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
-        result = optimized(program, plan, budget, check=check, observers=[lambda name, report: now(name)])
+        result = optimized(program, steps, budget, check=check, observers=[lambda name, report: now(name)])
     if out is not None:
         temporary = out.with_name(out.name + ".tmp")
         temporary.write_text(str(result.program) + "\n")
@@ -270,7 +271,16 @@ def optimize(
     show(facts, text, as_json)
 
 
-def optimized(program: Any, plan: Path | None, budget: Any = None, **options: Any) -> Any:
+def read_steps(plan: Path | None) -> dict[str, Any] | None:
+    """The plan of a file, read before anything that takes long."""
+    if plan is None:
+        return None
+    from mmopt.plans import read_plan
+
+    return read_plan(plan)
+
+
+def optimized(program: Any, plan: dict[str, Any] | None, budget: Any = None, **options: Any) -> Any:
     """The exact passes, with the plan of a file or with one that is searched for."""
     import mmopt
 
@@ -326,15 +336,16 @@ def export(
 
     if checkpoint is None:
         raise ValueError("give a checkpoint")
+    steps = read_steps(plan)
     with progress("exporting") as now:
         now("tracing")
         program = mmopt.trace(
             mmopt.load(checkpoint, **parts(language_model, vision, vae, ln_post, more)), batch, images, context
         )
         reports: list = []
-        if passes or plan is not None:
+        if passes or steps is not None:
             options: dict[str, Any] = {"passes": None if passes else [], "check": check}
-            result = optimized(program, plan, observers=[lambda name, report: now(name)], **options)
+            result = optimized(program, steps, observers=[lambda name, report: now(name)], **options)
             program, reports = result.program, result.reports
         if fit is not None:
             from mmopt.flow_schedule import keep_fits

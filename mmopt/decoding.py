@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.planning import plan
+from mmopt.planning import plan, told_of_images
 from mmopt.prefix import Prefix, restore
 from mmopt.sampling import Answer
 from mmopt.session import Bound, EngineError, Sessions, Tensor, from_bits
 from mmopt.sight import PER_CALL
 from mmopt.view import Image, View, given
 
-LEFT_OUT = ("left_out_before", "left_out")  # rows of images left out: before a call, and after its images
+LEFT_OUT = ("left_out_before", "left_out", "left_out_late")  # see `planning.told_of_images`
 POOLED = 2  # caches kept for the next calls
 
 
@@ -50,7 +50,7 @@ class Cache:
         model = decoder.language
         self.batch, self.decoder = batch, decoder
         self.past = np.zeros(batch, np.int64)
-        self.left_out = np.zeros(batch, np.int64)  # rows of each lane's images whose positions stay empty
+        self.images = np.zeros(batch, np.int64)  # among the text of each lane
         self.leading: list[tuple[int, ...]] = [()] * batch  # text before the first image that each lane begins with
         # Where images lie outside the text: what each lane sees, and a number that changes whenever that does.
         self.views = [View(decoder.info) for _ in range(batch)] if decoder.cross else []
@@ -76,7 +76,7 @@ class DecodeStep:
         embed, model = decoder.embed, decoder.language
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
-        self._left_out = Tensor.zeros((lanes,), "int64", model.device)
+        self._told = {k: Tensor.zeros((lanes,), "int64", model.device) for k in LEFT_OUT if k in model.inputs}
         self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
         self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
         self._decoder, self._cache, self._lanes = decoder, cache, lanes
@@ -89,7 +89,7 @@ class DecodeStep:
             images = given(decoder, views, [[v.sight.now] for v in views])
         else:
             images = {"visual": Tensor.zeros((lanes, 0, decoder.row_width), decoder.dtype, decoder.language.device)}
-            images |= decoder.left_out(self._left_out, self._left_out)
+            images |= self._told
         self._bound, self._logits = decoder.bind_language(images, self._text, self._past, cache, slice(0, lanes), 1)
         self._version = cache.version
 
@@ -98,7 +98,10 @@ class DecodeStep:
             self._bind()
         self._ids.write(np.array(ids, np.int64)[:, None])
         self._past.write(past)
-        self._left_out.write(self._cache.left_out[: self._lanes])
+        images = self._cache.images[: self._lanes]
+        for k, value in told_of_images(images, images, self._decoder.info).items():
+            if k in self._told:
+                self._told[k].write(value)
         self._embed.run()
         for b in self._bound:
             b.run()
@@ -242,16 +245,12 @@ class Decoder:
             visual = Tensor.zeros((1, 0, self.row_width), self.dtype, self.language.device)
             if chunk.images:
                 visual = _one_after_the_other([ready[i].rows for i in chunk.images])
-            gone = cache.left_out[lane : lane + 1].copy()
-            cache.left_out[lane] += len(chunk.images) * self.info.get("rows_left_out", 0)
-            now = cache.left_out[lane : lane + 1].copy()
-            told = self.left_out(Tensor.of(gone, "int64"), Tensor.of(now, "int64"))
+            read = cache.images[lane : lane + 1].copy()
+            cache.images[lane] += len(chunk.images)
+            values = told_of_images(read, cache.images[lane : lane + 1], self.info)
+            told = {k: Tensor.of(x, "int64") for k, x in values.items() if k in self.language.inputs}
             last = self._feed(cache, lane, chunk.ids, {"visual": visual} | told)
         return last
-
-    def left_out(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-        """What the language model is told of rows that were left out, if it asks for that."""
-        return {k: t for k, t in zip(LEFT_OUT, (before, after), strict=True) if k in self.language.inputs}
 
     def _feed(self, cache: Cache, lane: int, ids: Sequence[int], images: dict[str, Tensor]) -> np.ndarray:
         """One call of the language model on some rows of one lane; returns the last row's logits ``[V]``."""
@@ -331,7 +330,7 @@ class Decoder:
             if cache is not None:
                 self._pool.remove(cache)
         cache = cache or Cache(self, batch)
-        cache.past[:] = cache.left_out[:] = 0
+        cache.past[:] = cache.images[:] = 0
         sound = False  # after an error the caches may hold anything, values that are not finite too
         try:
             yield cache

@@ -27,6 +27,15 @@ def left_out(prompt: Sequence[int], info: dict[str, Any]) -> int:
     return info.get("rows_left_out", 0) * sum(1 for t in prompt if t == info["image_id"])
 
 
+def told_of_images(before: Any, after: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """What the language model is told of rows that were left out: of so many images before a call and after it.
+
+    left_out: rows whose positions stay empty; left_out_late: rows that its later layers do not hold.
+    """
+    every, late = info.get("rows_left_out", 0), info.get("rows_left_out_late", 0)
+    return {"left_out_before": before * every, "left_out": after * every, "left_out_late": before * late}
+
+
 def plan(
     prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int, images: Sequence[int] | None = None
 ) -> list[Chunk]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmopt.planning import count_rows, left_out
+from mmopt.planning import count_rows
 from mmopt.session import DTYPES, EngineError, Tensor, to_bits
 from mmopt.view import Image, View
 
@@ -150,7 +150,7 @@ def restore(cache: Cache, lane: int, prefix: Prefix) -> None:
                 whole[lane, :, : prefix.rows] = prefix.caches[name]
                 t.owner.update_inplace(whole)
         cache.holds[lane], cache.leading[lane] = prefix, ()
-    cache.past[lane], cache.left_out[lane] = prefix.rows, left_out(prefix.ids, cache.decoder.info)
+    cache.past[lane], cache.images[lane] = prefix.rows, prefix.ids.count(cache.decoder.info["image_id"])
     if prefix.view is not None:
         cache.views[lane] = prefix.view.copy()
         cache.version += 1

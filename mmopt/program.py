@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from mmopt import ops
 from mmopt.graph import ARANGE, FULL, is_const, shape_of
 from mmopt.media import Media
-from mmopt.planning import Chunk, plan
+from mmopt.planning import Chunk, plan, told_of_images
 from mmopt.schedule import Call as Call
 from mmopt.schedule import Cat as Cat
 from mmopt.schedule import Loop as Loop
@@ -193,7 +193,7 @@ class Program:
             for k, (shape, dtype) in self.state.items()
         }
         values |= self._seen(len(prompts))
-        values["left_out"] = torch.zeros(len(prompts), dtype=torch.int64)  # rows of images that are not in the caches
+        values["images_read"] = torch.zeros(len(prompts), dtype=torch.int64)
         if pixel_values is not None:
             values["pixel_values"] = self.as_frames(pixel_values.to(self.info["torch_dtype"]))
             values |= image_inputs or {}
@@ -264,11 +264,10 @@ class Program:
         lane = slice(chunk.sample, chunk.sample + 1)
         local = {k: v[lane] if k in self.state else v for k, v in values.items()}
         width = self.info.get("row_width", self.info["hidden_size"])
-        left_out = values["left_out"][lane]
-        after = left_out + len(chunk.images) * self.info.get("rows_left_out", 0)
-        local |= {"chunk.left_out_before": left_out, "chunk.left_out": after}
-        values["left_out"] = values["left_out"].clone()
-        values["left_out"][lane] = after
+        before = values["images_read"][lane].clone()
+        values["images_read"][lane] += len(chunk.images)
+        told = told_of_images(before, values["images_read"][lane].clone(), self.info)
+        local |= {f"chunk.{k}": v for k, v in told.items()}
         if media:
             local |= media.of_chunk(chunk, values)
             visual = None
@@ -290,6 +289,7 @@ class Program:
         self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe, media: Media | None
     ) -> None:
         width = self.info.get("row_width", self.info["hidden_size"])
+        values |= told_of_images(values["images_read"], values["images_read"], self.info)
         batch = values["logits"].shape[0]
         values["no_visual"] = torch.zeros(batch, 0, width, dtype=self.info["torch_dtype"])
         ended = torch.zeros(batch, 1, dtype=torch.bool)

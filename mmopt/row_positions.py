@@ -7,6 +7,7 @@ after its images (`left_out`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -65,10 +66,8 @@ def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> 
         "row_width": info["hidden_size"] + COLUMNS,
         "positions": reach,
     }
-    if any(c.stage == name for c in calls_of(program.painting)):  # it reads no images, and goes on as it was
-        program.stages[f"{name}.paint"] = old
-        program.painting = tuple(_renamed(i, name, f"{name}.paint") for i in program.painting)
-    program.schedule = tuple(_told(i, name) for i in program.schedule)
+    paint_apart(program, name, old)
+    program.schedule = tuple(told(i, name, ("left_out_before", "left_out")) for i in program.schedule)
     return _with_columns(b, image_rows, rows)
 
 
@@ -176,16 +175,22 @@ def _is_position(n: Node, past: Node) -> bool:
     return False
 
 
+def paint_apart(program: Program, name: str, old: Stage) -> None:
+    """Painting reads no images: where it called a stage that was changed, it goes on with that as it was."""
+    if any(c.stage == name for c in calls_of(program.painting)):
+        program.stages[f"{name}.paint"] = old
+        program.painting = tuple(_renamed(i, name, f"{name}.paint") for i in program.painting)
+
+
 def _renamed(item: Call | Loop, old: str, new: str) -> Call | Loop:
     if isinstance(item, Call):
         return replace(item, stage=new) if item.stage == old else item
     return replace(item, body=tuple(_renamed(c, old, new) for c in item.body))  # type: ignore[misc]
 
 
-def _told(item: Call | Loop, stage: str) -> Call | Loop:
+def told(item: Call | Loop, stage: str, names: Iterable[str]) -> Call | Loop:
     """The schedule gives each call of the language model what was left out before and after its images."""
     if isinstance(item, Call):
         return item
-    names = ("left_out_before", "left_out")
-    told: dict[str, str | Cat] = {k: f"chunk.{k}" for k in names} if item.over == "chunks" else {k: "left_out" for k in names}
-    return replace(item, body=tuple(replace(c, rename=c.rename | told) if c.stage == stage else c for c in item.body))
+    rename: dict[str, str | Cat] = {k: f"chunk.{k}" for k in names} if item.over == "chunks" else {}
+    return replace(item, body=tuple(replace(c, rename=c.rename | rename) if c.stage == stage else c for c in item.body))

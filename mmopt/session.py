@@ -225,11 +225,14 @@ class StageSession:
 
 
 def size_of(size: int | str, sizes: Mapping[str, int]) -> int:
-    """A size as program.json spells it: a number, a name, or a sum of products of these."""
+    """A size as program.json spells it: a number, a name, or a sum of products of these, divided by numbers."""
     if isinstance(size, int):
         return size
-    terms = (term.split("*") for term in size.split(" + "))
-    return sum(math.prod(sizes[f] if f in sizes else int(f) for f in factors) for factors in terms)
+    total = 0
+    for term in size.split(" + "):
+        product, _, divisor = term.partition("/")
+        total += math.prod(sizes[f] if f in sizes else int(f) for f in product.split("*")) // int(divisor or 1)
+    return total
 
 
 class Sessions(Mapping[str, StageSession]):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmopt.planning import told_of_images
+
 if TYPE_CHECKING:
     import torch
 
@@ -117,12 +119,12 @@ class TorchStages:
 
         rows, ids, past, leading = chunk
         width, dtype = program.info.get("row_width", program.info["hidden_size"]), program.info["torch_dtype"]
-        left_out = torch.tensor([program.info.get("rows_left_out", 0)], device=self.device)
+        before, after = int(past > 0 and not rows), int(past > 0 or rows > 0)  # a prompt of one image, then a token
+        told = told_of_images(before, after, program.info)
         fixed: dict[str, Any] = {
             "ids": torch.tensor([ids], device=self.device),
             "past": torch.tensor([past], device=self.device),
-            "left_out_before": left_out * (past > 0 and not rows),  # a prompt of one image, then a token
-            "left_out": left_out * (past > 0 or rows > 0),
+            **{k: torch.tensor([x], device=self.device) for k, x in told.items()},
             "visual": "image_rows" if rows else torch.zeros(1, 0, width, dtype=dtype, device=self.device),
         }
         sizes = {"B": 1, "nv": rows, "nt": len(ids)}
@@ -191,7 +193,7 @@ class EngineStages:
         if stage == "encode":
             self.rows = self.decoder.encode(self.inputs.pixels)
         elif stage == "prefill":
-            self.cache.past[:] = 0
+            self.cache.past[:] = self.cache.images[:] = 0
             self.last = self.decoder.prefill(self.cache, 0, self.prompt, [self.rows])
         else:  # a lane that is not active is computed, but its length stays
             self.last = self.decoder.decode(self.cache, [self.inputs.token], [False])[0]

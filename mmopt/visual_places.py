@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from mmopt.family import StageSpec, TensorSpec
 from mmopt.graph import ATTENTION, CONV2D, EXPAND, LINEAR, PERMUTE, RESHAPE, Builder, Size, shape_of, simplify, symbol
-from mmopt.narrowing import Cut, Narrower, Rows
+from mmopt.narrowing import Cut, Narrower, RefusedError, Rows
 from mmopt.program import Call, Program, Stage
-from mmopt.selection import grid_of, reduce_rows, rows_at
+from mmopt.selection import METHODS, grid_of, reduce_rows, rows_at
 from mmopt.tracing import trace_stage
 
 PIXELS = "pixels"  # the place where an image is still one: it can be scaled down there
@@ -107,18 +107,19 @@ def alone(narrower: Narrower) -> Iterator[tuple[Node, int]]:
 class Choose(nn.Module):
     """`mmopt.selection` on the rows of an image within a value, to be traced."""
 
-    def __init__(self, keep: int, method: str, rows: Rows, heads: int, names: list[str]):
+    def __init__(self, keep: int, method: str, rows: Rows, names: list[str], heads: int = 1, scored_from: Size = 0):
         super().__init__()
-        self.keep, self.method, self.rows, self.heads, self.names = keep, method, rows, heads, names
+        self.keep, self.method, self.rows, self.names = keep, method, rows, names
+        self.heads, self.scored_from = heads, scored_from  # queries and keys may begin with other rows than x
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         given, r = dict(zip(self.names, values, strict=True)), self.rows
         own = slice(r.lo, r.lo + r.size)
         query = keys = None
         if "queries" in given:  # the row before those of the image sums it up, else their mean does
-            q = given["queries"]
-            query = q[:, 0] if r.lo else q[:, own].mean(1)
-            keys = given["keys"][:, own]
+            scored = slice(self.scored_from, self.scored_from + r.size)
+            query = given["queries"][:, 0] if self.scored_from else given["queries"][:, scored].mean(1)
+            keys = given["keys"][:, scored]
         grid = r.grid if r.new is None else None
         made = reduce_rows(
             given["x"][:, own], self.keep, self.method, grid, query, keys, self.heads, given.get("sizes")
@@ -136,15 +137,16 @@ def choose(keep: int, method: str, weights: dict[str, Tensor]) -> Cut:
 
     def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
         b, x = narrower.b, narrower.env[n]
-        given = {"x": x}
-        scored, heads = narrower.scored, 1
-        if scored is not None and scored.rows.same(held):
+        given, more = {"x": x}, {}
+        scored = narrower.scored
+        if scored is not None and (scored.rows.count, scored.rows.new) == (held.count, held.new):
             given |= {"queries": scored.queries, "keys": scored.keys}
-            heads = scored.heads
+            more = {"heads": scored.heads, "scored_from": scored.rows.lo}
+        elif METHODS[method].needs_keys:
+            raise RefusedError(f"method {method} needs keys of an attention among these rows, there is none before")
         given |= {k: v for k, v in (("places", held.places), ("sizes", held.sizes)) if v is not None}
-        names = list(given)
         inputs: Any = {k: TensorSpec(("N", *shape_of(v)[1:]), v.meta["dtype"]) for k, v in given.items()}
-        module = Choose(keep, method, held, heads, names)
+        module = Choose(keep, method, held, list(given), **more)
         rows, places, *sizes = inline(b, trace_stage(StageSpec(module, inputs, [*"abc"]), weights), [*given.values()])
         before = b.slice(x, 1, 0, held.lo)
         after = b.slice(x, 1, simplify(held.lo + held.size), shape_of(x)[1])

@@ -1,0 +1,124 @@
+"""The results of `compression_quality.py` as a table and as a picture."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmopt.report import png_figure, save_png
+
+FULL, BLIND, PIXELS, RESIZE = "full", "blind", "pixels", "resize"
+BASELINES = (FULL, "random", "pool", RESIZE)  # what each score is compared with, all but the first at the same keep
+NOTES = (
+    "right: share of right answers, with the 95 % interval; blind: the same questions about grey pictures.",
+    "minus full: paired difference to all rows. minus random, pool: to rows drawn at random, to averaged rows, as many "
+    "at the same place. minus resize: to a smaller image, as large a share. *: the 95 % interval leaves out 0.",
+    "first token: ms of encoding the images of a sample and reading its prompt, median and quartiles of rounds in "
+    "which all rows take turns, each the best of a few calls; x full: median of the speed-up over all rows in a round.",
+)
+
+
+def kept(row: dict[str, Any], found: dict[str, Any]) -> int:
+    """Rows of an image that stay."""
+    return max(1, round(row["keep"] * found["sizes"]["places"][row["place"]]))
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table for each task, what was refused and why, what the columns mean."""
+    console = Console(file=(file := io.StringIO()), width=170, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    console.print(f"{found['checkpoint']}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
+    order = ["", *found["sizes"]["places"]]
+    rows = sorted(found["rows"], key=lambda r: (order.index(r["place"]), -r["keep"]))
+    for task, samples in found["samples"].items():
+        heads = [*("place", "method", "rows", "right"), *(f"minus {b}" for b in BASELINES), "first token", "x full"]
+        table = Table(*heads, title=f"{task}: {samples.split(', ')[0]}", title_justify="left")
+        for _, group in groupby((r for r in rows if "tasks" in r), key=lambda r: (r["place"], r["keep"])):
+            for r in group:
+                own = r["tasks"][task]
+                share = f"{kept(r, found)}/{found['sizes']['places'][r['place']]}" if r["place"] else ""
+                right = "{:.3f} ({:.3f}-{:.3f})".format(own["mean"], *own["interval"])
+                differences = [_difference(own["over"].get(b)) for b in BASELINES]
+                table.add_row(r["place"], r["method"], share, right, *differences, *_times(r, task))
+            table.add_section()
+        console.print(table)
+    for kind in ("refused", "failed"):
+        alike: dict[tuple[str, str], list[dict]] = {}
+        for r in (r for r in rows if kind in r):
+            alike.setdefault((r["place"], re.sub(r"[-\d.]+", "", r[kind])), []).append(r)
+        for some in alike.values():
+            which = ", ".join(f"{r['method']} {r['keep']:g}" for r in some)
+            more = f" (and so on, {len(some)} alike)" if len(some) > 1 else ""
+            console.print(f"{kind}: {some[0]['place']}, {which}: {some[0][kind]}{more}")
+    for note in NOTES:
+        console.print(f"- {note}")
+    return file.getvalue()
+
+
+def _difference(d: dict[str, Any] | None) -> str:
+    if d is None:
+        return ""
+    low, high = d["interval"]
+    return f"{d['mean']:+.3f}{'*' if low > 0 or high < 0 else ' '}"
+
+
+def _times(row: dict[str, Any], task: str) -> tuple[str, str]:
+    if task not in (found := row.get("times", {})):
+        return "", ""
+    ms, faster = found[task]["ms"], found[task]["faster"]
+    return f"{ms['median']:.2f} ({ms['p25']:.2f}-{ms['p75']:.2f})", f"{faster['median']:.2f}"
+
+
+def plot(found: dict[str, Any], path: str | Path) -> None:
+    """Share of right answers over the share of rows kept, for each task (down) and place (across), as a PNG file.
+
+    Raises ImportError without matplotlib, ValueError for a name that does not end in .png or results without scores.
+    """
+    rows = [r for r in found["rows"] if "tasks" in r]
+    there = {r["place"] for r in rows}
+    places = [p for p in found["sizes"]["places"] if p in there and p != PIXELS] or [PIXELS] * (PIXELS in there)
+    if not places:
+        raise ValueError("there are no scores of fewer rows to plot")
+    tasks = [*found["samples"]]
+    figure = png_figure(path, (4.2 * len(places) + 1.5, 3.4 * len(tasks)))
+    grid = figure.subplots(len(tasks), len(places), squeeze=False, sharex=True, sharey="row")
+    keeps = sorted({r["keep"] for r in rows if r["place"]})
+    methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] not in (FULL, BLIND)))
+    for line, task in zip(grid, tasks, strict=True):
+        for axes, place in zip(line, places, strict=True):
+            for i, method in enumerate(methods):
+                own = [r for r in rows if r["method"] == method and r["place"] in (place, PIXELS)]
+                _line(axes, sorted(own, key=lambda r: r["keep"]), task, method, i / len(methods) - 0.5, f"C{i}")
+            for r in (r for r in rows if not r["place"]):
+                low, high = r["tasks"][task]["interval"]
+                label, style = ("all rows", "-") if r["method"] == FULL else ("grey pictures", ":")
+                axes.axhline(r["tasks"][task]["mean"], label=label, linewidth=1, color="black", linestyle=style)
+                axes.axhspan(low, high, color="black", alpha=0.08)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(keeps, [f"{k:.3g}" for k in keeps])
+            axes.set_title(f"{task}; {place}", fontsize="medium")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("right answers")
+    for axes in grid[-1]:
+        axes.set_xlabel("share of rows kept")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    save_png(figure, path)
+
+
+def _line(axes: Any, rows: list[dict[str, Any]], task: str, method: str, shift: float, colour: str) -> None:
+    """A method's scores with their intervals, a little to the side of those of other methods."""
+    means = [r["tasks"][task]["mean"] for r in rows]
+    low, high = zip(*(r["tasks"][task]["interval"] for r in rows), strict=True) if rows else ((), ())
+    bars = [[m - a for m, a in zip(means, low, strict=True)], [b - m for m, b in zip(means, high, strict=True)]]
+    dashed = "--" if method in BASELINES else "-"
+    shares = [r["keep"] * 2 ** (0.15 * shift) for r in rows]
+    axes.errorbar(
+        shares, means, [[max(0.0, x) for x in side] for side in bars],
+        label=method, color=colour, linestyle=dashed, marker="o", markersize=3, capsize=2, linewidth=1.2,
+    )  # fmt: skip

@@ -12,9 +12,10 @@ from mmopt.exporters.emit import ExportError, output_name
 from mmopt.exporters.weights import weight_bytes
 
 from mmopt import contracts
-from mmopt.decoding import LEFT_OUT
-from mmopt.graph import CACHED_ATTENTION, shape_of
+from mmopt.graph import CACHED_ATTENTION, shape_of, symbol
+from mmopt.language_places import LATE
 from mmopt.pipeline import why_unchecked
+from mmopt.planning import LEFT_OUT
 from mmopt.program import Program, Stage
 
 MOST_BYTES = 1 << 30  # of weights: a session holds them all
@@ -57,7 +58,7 @@ def compare_with_program(directory: Path, program: Program, facts: dict[str, Any
                 wanted, value = expected[k], torch.from_numpy(array)
                 node = stage.output_nodes()[k]
                 if is_cache(node):  # what lies beyond the rows in use is not defined
-                    used = PAST + sum(sizes.get(s, 0) for s in ("nv", "nt"))
+                    used = rows_in_use(node.args[0], stage, sizes, values)
                     wanted, value = wanted[:, :, :used], value[:, :, :used]
                 found = contracts.difference(wanted, value.to(wanted.dtype), program.info["torch_dtype"])
                 if found is not None:
@@ -103,6 +104,13 @@ def random_values(stage: Stage, sizes: dict[str, int], info: dict[str, Any], see
         if name == "time":
             values[name] = 1000 * torch.rand(shape, generator=g)
     return values
+
+
+def rows_in_use(attention: Any, stage: Stage, sizes: dict[str, int], values: dict[str, torch.Tensor]) -> int:
+    """Slots of a cache that are filled after a call: late layers may hold fewer rows than the others."""
+    rows = int(sympy.sympify(shape_of(attention.args[0])[1]).subs({symbol(k): v for k, v in sizes.items()}))
+    late = attention.args[5] is not stage.input_nodes()["past"] and LATE in values
+    return PAST + rows - (int(values[LATE].max()) if late else 0)
 
 
 def is_cache(node: Any) -> bool:

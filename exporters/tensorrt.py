@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmopt.planning import LEFT_OUT
+
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MOST_FRAMES = 8  # of a video, where the model sets no limit
 MOST_STEPS = 100  # of a flow
@@ -98,8 +100,8 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
             frames = info.get("max_frames") or MOST_FRAMES
             ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
-        painted = []
-        if (flow := info.get("flow")) and (before := context - flow["rows"]) > 1:
+        painted = []  # not by a stage that is told of rows of images left out: painting then has one of its own
+        if (flow := info.get("flow")) and not set(LEFT_OUT) & set(inputs) and (before := context - flow["rows"]) > 1:
             # A prompt of all samples, and an image after the row that tells the time (and the prompt, if fed with it).
             both, rows = (1, 2 * batch, 2 * batch), (flow["rows"],) * 3
             painted = [{"B": both, "nv": none, "nt": text(before - 1)}, {"B": both, "nv": (1, 1, before), "nt": rows}]

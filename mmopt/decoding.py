@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.planning import plan, told_of_images
+from mmopt.planning import LEFT_OUT, plan, told_of_images
 from mmopt.prefix import Prefix, restore
 from mmopt.sampling import Answer
 from mmopt.session import Bound, EngineError, Sessions, Tensor, from_bits
 from mmopt.sight import PER_CALL
 from mmopt.view import Image, View, given
 
-LEFT_OUT = ("left_out_before", "left_out", "left_out_late")  # see `planning.told_of_images`
 POOLED = 2  # caches kept for the next calls
 
 

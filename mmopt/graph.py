@@ -32,7 +32,8 @@ ATTENTION, CACHED_ATTENTION, ROTARY = (
 CROSS_ATTENTION, SEGMENT_ATTENTION = mm.cross_attention.default, mm.segment_attention.default
 GROUP_NORM, PIXEL_SHUFFLE = aten.group_norm.default, aten.pixel_shuffle.default
 REDUCTIONS = {  # -> the argument that says along which dimensions
-    aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.amin.default: 1, aten.linalg_vector_norm.default: 2,
+    aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.amin.default: 1,
+    aten.linalg_vector_norm.default: 2,
 }  # fmt: skip
 UPSAMPLE = {aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec}
 HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, SEGMENT_ATTENTION}

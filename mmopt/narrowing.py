@@ -8,7 +8,8 @@ that stayed. An operator that would need all rows refuses the cut, with its reas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ import torch
 from torch.fx import Graph, Node
 
 from mmopt.graph import (
+    ADD,
+    ARANGE,
     ATTENTION,
+    CACHED_ATTENTION,
     CAT,
     CONV2D,
     CROSS_ATTENTION,
@@ -25,6 +29,7 @@ from mmopt.graph import (
     EXPAND,
     FULL,
     LINEAR,
+    MUL,
     PERMUTE,
     RESHAPE,
     SLICE,
@@ -83,11 +88,22 @@ Cut = Callable[["Narrower", Node, Rows], tuple[Node, Rows]]
 
 
 class Narrower:
-    """Copies a graph; `given` are the rows of its inputs, `cuts` what to do after a node has been copied."""
+    """Copies a graph; `given` are the rows of its inputs, `cuts` what to do after a node has been copied.
 
-    def __init__(self, graph: Graph, given: dict[Node, Rows] | None = None, cuts: dict[Node, Cut] | None = None):
+    more: inputs that the new graph has before those of the old one, name -> (shape, dtype).
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        given: Mapping[Node, Rows] | None = None,
+        cuts: Mapping[Node, Cut] | None = None,
+        more: Mapping[str, tuple[tuple, torch.dtype]] | None = None,
+    ):
         self.graph, self.given, self.cuts = graph, given or {}, cuts or {}
         self.b = Builder()
+        self.more = {k: self.b.placeholder(k, shape, dtype) for k, (shape, dtype) in (more or {}).items()}
+        self.past: Node | None = None  # after a cut, how many slots of a cache are filled
         self.env: dict[Node, Any] = {}
         self.rows: dict[Node, Rows] = {}  # of nodes of the old graph
         self.scored: Scored | None = None
@@ -140,6 +156,11 @@ class Narrower:
         first = next(iter(held.values()))
         if n.target is ATTENTION:
             return self.attention(n, args, held)
+        if n.target is CACHED_ATTENTION:
+            return self.cached_attention(n, args, held)
+        if n.target is operator.getitem:
+            shape = args[0].meta["shape"][args[1]]
+            return self.b.item(args[0], args[1], shape, n.meta["dtype"]), first if args[1] == 0 else None
         if n.target is CROSS_ATTENTION and 1 in held:
             if held[1].dim != 2 or not held[1].same(held.get(2, first)):
                 raise RefusedError(f"{n.name}: its keys and values are other rows")
@@ -224,6 +245,19 @@ class Narrower:
         shape[1] = shape_of(args[0])[1]
         return self.b.emit(n.target, args, shape, n.meta["dtype"]), out
 
+    def cached_attention(self, n: Node, args: tuple, held: dict[int, Rows]) -> tuple[Node, Rows | None]:
+        """Rows go into the caches; after a cut fewer of them, and what hides slots by number no longer holds."""
+        first = held.get(0)
+        if first is None or any(held.get(i) is None or held[i].dim != 1 or not first.same(held[i]) for i in range(3)):
+            raise RefusedError(f"{n.name}: its queries, keys and values are other rows")
+        self.scored = Scored(args[0], args[1], args[6], first) if args[6] == args[7] else None
+        if first.new is None:
+            return self.b.copy(n, args), first
+        assert self.past is not None
+        new = (*args[:5], self.past, *args[6:10])
+        shapes = [narrowed(n.meta["shape"][0], first), *n.meta["shape"][1:]]
+        return self.b.emit(n.target, new, shapes, n.meta["dtype"]), first
+
     def weight_of_sizes(self, keys: Node, rows: Rows) -> Node:
         """log(how many each key stands for) ``[batch, keys]``, to be added to scores (Bolya et al. 2023,
         arXiv:2210.09461)."""
@@ -246,6 +280,11 @@ class Narrower:
         while table.target is EXPAND and shape_of(table.args[0])[dim - len(shape)] == shape[dim]:
             table, dim = table.args[0], dim - len(shape) + len(shape_of(table.args[0]))
             shape = shape_of(table)
+        if (made := self.filled(table, dim, rows)) is not None:
+            return made
+        if rows.places is not None and dim == 1 and not table.meta["const"] and shape[0] == shape_of(rows.places)[0]:
+            middle = self.gathered(b.slice(table, 1, lo, hi), rows.places)
+            return b.cat([x for x in (b.slice(table, 1, 0, lo), middle, b.slice(table, 1, hi, shape[1])) if some(x)], 1)
         if any(s != 1 for s in shape[:dim]):
             raise RefusedError(f"{where}: what stands beside the rows ({table.name}) differs from sample to sample")
         rest, kind = shape[dim + 1 :], table.meta["dtype"]
@@ -269,6 +308,28 @@ class Narrower:
 
         return b.cat([*fixed(0, lo), b.reshape(made, (*lead, new, *rest)), *fixed(hi, shape[dim])], len(lead))
 
+    def filled(self, table: Node, dim: int, rows: Rows) -> Node | None:
+        """`taken` where one number stands beside all rows of the image."""
+        inner, d = table, dim
+        while inner.target is RESHAPE and (found := operand_dims(inner, d)):
+            inner, d = inner.args[0], found[0]
+        part = self.b.slice(inner, d, rows.lo, simplify(rows.lo + rows.count))
+        if part.target is not FULL:
+            return None
+        shape = [rows.size if i == d else s for i, s in enumerate(shape_of(part))]
+        few = self.b.emit(FULL, (tuple(shape), part.args[1]), shape, part.meta["dtype"])
+        before = self.b.slice(inner, d, 0, rows.lo)
+        after = self.b.slice(inner, d, simplify(rows.lo + rows.count), shape_of(inner)[d])
+        made = self.b.cat([x for x in (before, few, after) if shape_of(x)[d] != 0], d)
+        return self.b.reshape(made, narrowed(shape_of(table), replace(rows, dim=dim)))
+
+    def gathered(self, x: Node, places: Node) -> Node:
+        """Rows of x ``[B, n, d]`` at places ``[B, k]``."""
+        b, (batch, n, width), k = self.b, shape_of(x), shape_of(places)[1]
+        first = b.emit(MUL, (b.emit(ARANGE, (0, batch), (batch,), torch.int64), n), (batch,), torch.int64)
+        at = b.emit(ADD, (places, b.reshape(first, (batch, 1))), (batch, k), torch.int64)
+        return b.emit(EMBEDDING, (b.reshape(x, (batch * n, width)), at), (batch, k, width), x.meta["dtype"])
+
     def in_dtype(self, x: Node, dtype: torch.dtype) -> Node:
         return x if x.meta["dtype"] == dtype else self.b.emit(aten.to.dtype, (x, dtype), shape_of(x), dtype)
 
@@ -282,6 +343,11 @@ class Narrower:
                 as_many = simplify(sympy.prod(wanted) - sympy.prod(shape_of(x))) == 0
                 made[name] = self.b.reshape(x, wanted) if as_many else x
         return replace(rows, **made)  # type: ignore[arg-type]
+
+
+def some(x: Node) -> bool:
+    """Whether a value ``[B, n, ...]`` may have rows."""
+    return shape_of(x)[1] != 0
 
 
 def narrowed(shape: tuple, rows: Rows) -> tuple:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+LEFT_OUT = ("left_out_before", "left_out", "left_out_late")  # what `told_of_images` tells
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -33,7 +35,7 @@ def told_of_images(before: Any, after: Any, info: dict[str, Any]) -> dict[str, A
     left_out: rows whose positions stay empty; left_out_late: rows that its later layers do not hold.
     """
     every, late = info.get("rows_left_out", 0), info.get("rows_left_out_late", 0)
-    return {"left_out_before": before * every, "left_out": after * every, "left_out_late": before * late}
+    return dict(zip(LEFT_OUT, (before * every, after * every, before * late), strict=True))
 
 
 def plan(

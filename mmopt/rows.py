@@ -22,6 +22,7 @@ from mmopt.graph import (
     FULL,
     HEAVY,
     RESHAPE,
+    ROTARY,
     SLICE,
     WHERE,
     Builder,
@@ -154,8 +155,8 @@ class Seams:
 
     def why_not(self, n: Node, args: list[Any], rule: dict, seam: Parts) -> str | None:
         """Splitting is only for values that already lie in these parts, or that cost nothing to slice."""
-        if n.target is ATTENTION and not all(positive(shape_of(v)[seam.dim]) for v in seam.values):
-            return "a part may have no rows, which kernels of attention refuse"
+        if n.target in (ATTENTION, ROTARY) and not all(positive(shape_of(v)[seam.dim]) for v in seam.values):
+            return "a part may have no rows, which kernels refuse"
         for i, a in enumerate(args):
             m = rule.get(i)
             if m is None or not isinstance(a, Parts | Node):

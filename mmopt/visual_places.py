@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,21 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from mmopt.family import StageSpec, TensorSpec
-from mmopt.graph import ATTENTION, CONV2D, EXPAND, LINEAR, PERMUTE, RESHAPE, Builder, Size, shape_of, simplify, symbol
-from mmopt.narrowing import Cut, Narrower, RefusedError, Rows
+from mmopt.graph import (
+    ATTENTION,
+    CACHED_ATTENTION,
+    CONV2D,
+    EXPAND,
+    LINEAR,
+    PERMUTE,
+    RESHAPE,
+    Builder,
+    Size,
+    shape_of,
+    simplify,
+    symbol,
+)
+from mmopt.narrowing import Cut, Narrower, RefusedError, Rows, Scored
 from mmopt.program import Call, Program, Stage
 from mmopt.selection import METHODS, grid_of, reduce_rows, rows_at
 from mmopt.tracing import trace_stage
@@ -65,8 +78,8 @@ def follow(program: Program) -> dict[str, Narrower]:
     return found
 
 
-def find_places(program: Program) -> list[Place]:
-    """All places of a program at which rows of an image can be left out, from the pixels on."""
+def image_places(program: Program) -> list[Place]:
+    """Places in the stages that make rows of pixels."""
     places = []
     for stage, narrower in follow(program).items():
         first: dict[int, Place] = {}  # by how many attentions came before
@@ -83,23 +96,27 @@ def find_places(program: Program) -> list[Place]:
             inside.append(replace(inside[-1], name=f"{stage}.all", nodes=tuple(n for p in inside for n in p.nodes)))
         places += inside
         places += [last] if last else []
-    return places
+    return [p for p in places if p.rows > 1]
 
 
-def alone(narrower: Narrower) -> Iterator[tuple[Node, int]]:
-    """Values with rows of an image through which all goes that is made of inputs, and the attentions before each."""
-    last_use = {a: n for n in narrower.graph.nodes for a in n.all_input_nodes}
+def alone(narrower: Narrower, among: Collection[Node] | None = None) -> Iterator[tuple[Node, int]]:
+    """Values with rows of an image through which all goes that is made of inputs, and the attentions before each.
+
+    among: only what is made of these inputs counts, and of that not what is kept in caches, nor whole numbers.
+    """
+    last_use = {a: n for n in narrower.graph.nodes for a in n.all_input_nodes if n.op != "output" or among is None}
     live: set[Node] = set()
     fed: set[Node] = set()
     passed = 0
     for n in narrower.graph.nodes:
-        if n in last_use and (n.op == "placeholder" or any(a in fed for a in n.all_input_nodes)):
+        begins = n.op == "placeholder" if among is None else n in among
+        if n in last_use and (begins or any(a in fed for a in n.all_input_nodes)) and n.meta["dtype"] != torch.int64:
             fed.add(n)
             live.add(n)
-        live -= {a for a in n.all_input_nodes if last_use[a] is n}
-        passed += n.target is ATTENTION
+        live -= {a for a in n.all_input_nodes if last_use.get(a) is n}
+        passed += n.target in (ATTENTION, CACHED_ATTENTION)
         held = narrower.rows.get(n)
-        if held and n.op == "call_function" and live == {n} and isinstance(held.count, int) and held.count > 1:
+        if held and n.op == "call_function" and live == {n} and (among or isinstance(held.count, int)):
             yield n, passed
 
 
@@ -136,24 +153,29 @@ def choose(keep: int, method: str, weights: dict[str, Tensor]) -> Cut:
     """A cut that leaves `keep` rows of each image; constants of the method are added to `weights`."""
 
     def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
-        b, x = narrower.b, narrower.env[n]
-        given, more = {"x": x}, {}
-        scored = narrower.scored
-        if scored is not None and (scored.rows.count, scored.rows.new) == (held.count, held.new):
-            given |= {"queries": scored.queries, "keys": scored.keys}
-            more = {"heads": scored.heads, "scored_from": scored.rows.lo}
-        elif METHODS[method].needs_keys:
-            raise RefusedError(f"method {method} needs keys of an attention among these rows, there is none before")
-        given |= {k: v for k, v in (("places", held.places), ("sizes", held.sizes)) if v is not None}
-        inputs: Any = {k: TensorSpec(("N", *shape_of(v)[1:]), v.meta["dtype"]) for k, v in given.items()}
-        module = Choose(keep, method, held, list(given), **more)
-        rows, places, *sizes = inline(b, trace_stage(StageSpec(module, inputs, [*"abc"]), weights), [*given.values()])
-        before = b.slice(x, 1, 0, held.lo)
-        after = b.slice(x, 1, simplify(held.lo + held.size), shape_of(x)[1])
-        made = b.cat([v for v in (before, rows, after) if shape_of(v)[1] != 0], 1)
-        return made, replace(held, new=keep, places=places, sizes=sizes[0] if sizes else None)
+        return chosen(narrower.b, narrower.env[n], held, narrower.scored, keep, method, weights)
 
     return cut
+
+
+def chosen(
+    b: Builder, x: Node, held: Rows, scored: Scored | None, keep: int, method: str, weights: dict[str, Tensor]
+) -> tuple[Node, Rows]:
+    """x ``[N, n, d]`` with `keep` rows in place of those that it holds of each image."""
+    given, more = {"x": x}, {}
+    if scored is not None and (scored.rows.count, scored.rows.new) == (held.count, held.new):
+        given |= {"queries": scored.queries, "keys": scored.keys}
+        more = {"heads": scored.heads, "scored_from": scored.rows.lo}
+    elif METHODS[method].needs_keys:
+        raise RefusedError(f"method {method} needs keys of an attention among these rows, there is none before")
+    given |= {k: v for k, v in (("places", held.places), ("sizes", held.sizes)) if v is not None}
+    inputs: Any = {k: TensorSpec(("N", *shape_of(v)[1:]), v.meta["dtype"]) for k, v in given.items()}
+    module = Choose(keep, method, held, list(given), **more)
+    rows, places, *sizes = inline(b, trace_stage(StageSpec(module, inputs, [*"abc"]), weights), [*given.values()])
+    before = b.slice(x, 1, 0, held.lo)
+    after = b.slice(x, 1, simplify(held.lo + held.size), shape_of(x)[1])
+    made = b.cat([v for v in (before, rows, after) if shape_of(v)[1] != 0], 1)
+    return made, replace(held, new=keep, places=places, sizes=sizes[0] if sizes else None)
 
 
 def inline(b: Builder, stage: Stage, inputs: list[Node]) -> list[Node]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from torch.fx import Node
 
 from mmopt.inspection import inspect
+from mmopt.language_places import inside_places, narrow_language
 from mmopt.narrowing import Narrower, RefusedError, Rows
 from mmopt.program import Program, Stage
 from mmopt.rewriting import Pass, Report
 from mmopt.row_positions import carry_places, count_rows
 from mmopt.selection import METHODS
-from mmopt.visual_places import PIXELS, Place, choose, find_places, image_stages, scale_down
+from mmopt.visual_places import PIXELS, Place, choose, image_places, image_stages, scale_down
 
 RESIZE = "resize"  # the method at pixels: a smaller image
 POSITIONS = ("keep", "renumber")
@@ -59,7 +60,8 @@ class CompressVisualTokens(Pass):
         if not places:
             report.skip("program", "no stage makes rows of an image that it could do without")
             return program
-        place = places[self.place] if self.place else list(places.values())[-1]
+        leave = [p for p in places.values() if p.name == p.stage]
+        place = places[self.place] if self.place else leave[-1]
         kept = max(1, round(self.keep * place.rows))
         if (self.method == RESIZE) != (place.name == PIXELS):
             report.skip(place.name, f"method {self.method} is not for this place")
@@ -88,6 +90,11 @@ class CompressVisualTokens(Pass):
         return made
 
 
+def find_places(program: Program) -> list[Place]:
+    """Where a program could do with fewer rows of an image, from its pixels to the layers of the language model."""
+    return [*image_places(program), *inside_places(program)]
+
+
 def cost(program: Program) -> float:
     """FLOPs of one image and of its prompt: up to the first new token of a sample."""
     found = inspect(program, batch=1, images=1, new_tokens=1, context=program.info["context"])["totals"]
@@ -96,6 +103,8 @@ def cost(program: Program) -> float:
 
 def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:
     """`kept` rows of each image from a place on. RefusedError says why that cannot be done there."""
+    if place.stage not in image_stages(program):
+        return narrow_language(program, place, kept, method)
     made = program.copy()
     if method == RESIZE:
         cuts = {place.nodes[0]: scale_down(kept, made.weights)}

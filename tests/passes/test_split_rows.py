@@ -126,7 +126,7 @@ def test_only_the_part_that_is_read_is_computed():
             lambda m, x, n: ops.attention(x, x, x, 2, 2, None, True),
             "mmopt.attention.default does not work row by row along it",
         ),
-        (lambda m, x, n: ops.attention(x, x, x, 2, 2), "a part may have no rows, which kernels of attention refuse"),
+        (lambda m, x, n: ops.attention(x, x, x, 2, 2), "a part may have no rows, which kernels refuse"),
     ],
 )
 def test_left_alone(run, why):

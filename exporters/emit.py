@@ -119,9 +119,10 @@ class Emitter:
                 raise self.error(f"size {value} is not the size of any input")
             name, dim = self.symbols[value]
             return self.op("Shape", name, start=dim, end=dim + 1)
-        product, divisor = value.as_numer_denom()
-        if divisor != 1:  # it divides without rest
-            return self.op("Div", self.size(product), self.size(divisor))
+        part = value.as_coeff_Mul()[0]
+        if isinstance(value, sympy.Mul) and part.q != 1:  # the rest can be divided without remainder
+            divided = self.op("Div", self.size(value / part), self.ints([int(part.q)]))
+            return divided if part.p == 1 else self.op("Mul", divided, self.ints([int(part.p)]))
         if isinstance(value, sympy.Add | sympy.Mul):
             kind = "Add" if isinstance(value, sympy.Add) else "Mul"
             total, *rest = sorted(value.args, key=lambda a: (isinstance(a, sympy.Integer), str(a)))

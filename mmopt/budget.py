@@ -1,7 +1,7 @@
 """Quality as a budget: a search for the cheapest compression of visual tokens whose answers are nearly as good.
 
 Candidates are place x method x share of rows kept (`mmopt.passes.compress_visual_tokens`). Their order is chosen by
-Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) after a few that are always tried. Each is asked a few
+Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) after a few that come first. Each is asked a few
 questions first and given up if it surely lies below the budget (intervals: `mmopt.searched.compared`).
 """
 
@@ -16,22 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt import __version__
+from mmopt import __version__, plans
 from mmopt.engine import Engine
 from mmopt.flow_frontier import Drift
 from mmopt.pipeline import Observer, Result, default_passes, optimize, within
-from mmopt.plans import (
-    PIXELS,
-    RESIZE,
-    check_methods,
-    check_places,
-    compression,
-    flow_steps,
-    make_plan,
-    passes_of,
-    with_plan,
-)
-from mmopt.probing import LISTS, Runner, answering, chosen, content_of, digest, first_token, flops, sampled
+from mmopt.plans import PIXELS, RESIZE, check_methods, check_places, compression, flow_steps, make_plan, passes_of
+from mmopt.probing import LISTS, Runner, answering, chosen, compressed, first_token, flops, identity
 from mmopt.program import Program
 from mmopt.rewriting import Pass, Report
 from mmopt.searched import MET, NOT_MET, Candidate, Row, Search, compared, verdict
@@ -47,7 +37,9 @@ class Quality:
     plans to measure. keeps, methods, positions, places: what plans are made of, by default every method at every place.
     store: a file of the trials, from which a search that was stopped goes on (one process at a time). flow: a budget of
     drift for programs that paint, kept after the compression. timed: the cost is the time to the first token, measured;
-    otherwise FLOPs of encoding and reading the typical prompt, and the same seed gives the same trials. runner: what
+    otherwise FLOPs of encoding and reading the typical prompt, and the same seed gives the same trials. FLOPs are known
+    before anything is asked, so plans that cost no less than one that keeps the budget are passed over; frontier: they
+    are measured too, to see all of quality over cost. runner: what
     answers for a program, by default an engine exported to a temporary directory (`mmopt.probing.exported`).
 
     Means are compared, on the same samples; the verdict says whether their 95 % interval is certain of it, too. Of many
@@ -67,6 +59,7 @@ class Quality:
     store: str | Path | None = None
     flow: Drift | None = None
     timed: bool = False
+    frontier: bool = False
     runner: Runner | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +100,7 @@ class Quality:
 
     def to_json(self) -> dict[str, Any]:
         """What decides which trials are made and how they come out."""
-        names = ("drop", "limit", "quick", "seed", "keeps", "methods", "positions", "places", "timed")
+        names = ("drop", "limit", "quick", "seed", "keeps", "methods", "positions", "places", "timed", "frontier")
         made = {k: getattr(self, k) for k in names} | {"task": self.task.name}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 
@@ -162,7 +155,7 @@ def search_quality(
         steps.append(flow_steps(made.program))
         measured["flow"] = {"budget": str(budget.flow), "drift": made.reports[-1].checked}
     plan = make_plan(steps, budget=budget.to_json(), measured=measured)
-    return SearchResult(with_plan(made.program, plan), made.reports, found)
+    return SearchResult(plans.with_plan(made.program, plan), made.reports, found)
 
 
 def candidates(budget: Quality, places: Sequence[str]) -> tuple[list[Candidate], list[list[Candidate]]]:
@@ -203,35 +196,42 @@ class _Measuring:
         space, first = candidates(budget, list(self.places))
         if not space:
             raise ValueError(f"{program.info['family']}: there is no place where visual tokens can be compressed so")
-        facts = {
-            "program": digest(str(program), program.info["context"], *sampled(program)),
-            "task": digest(
-                getattr(self.task.score, "__qualname__", self.task.score),
-                *(x for s in self.task.samples for x in content_of(s)),
-            ),
-            "settings": digest(__version__, budget.to_json(), space),
-        }
+        facts = identity(program, self.task, [__version__, budget.to_json(), space])
         self.trials = Trials(space, first, budget.seed, budget.store, facts)
 
     def run(self, tell: Callable[[str], None]) -> Search:
-        budget, left = self.budget, {}
+        budget, left, costs = self.budget, dict[str, str](), dict[Candidate, float]()
         tell("nothing compressed")
         self._ask_uncompressed()
         while (n := len(self.trials.rows)) < budget.trials:
+            bar = self._bar()
             for candidate in self.trials.upcoming():
-                tell(f"plan {n + 1} of {budget.trials}: {candidate}")
-                made = _compressed(self.program, candidate)
-                if not isinstance(made, str):
+                if costs.get(candidate, 0.0) >= bar:
+                    continue
+                made = compressed(self.program, candidate)
+                if isinstance(made, str):
+                    left[str(candidate)], costs[candidate] = made, math.inf
+                    continue
+                made = optimize(made, self.exact, check=False).program
+                costs[candidate] = flops(made) / self.flops
+                if costs[candidate] < bar:
                     break
-                left[str(candidate)] = made
             else:
-                break  # everything was tried
-            row = self._measure(candidate, optimize(made, self.exact, check=False).program)
+                break  # everything that could be chosen was tried
+            tell(f"plan {n + 1} of {budget.trials}: {candidate}")
+            row = self._measure(candidate, made)
             value = row.cost if row.verdict != NOT_MET else 10 - row.difference  # any that keeps the budget is better
             self.trials.add(candidate, row.to_json(), value, row.pruned)
         rows = [Row.from_json(r) for r in self.trials.rows]
         cost = "time to the first token" if budget.timed else "FLOPs up to the first token"
         return Search(self.task.name, budget.drop, str(budget), cost, self.full, rows, left)
+
+    def _bar(self) -> float:
+        """The cost from which on a plan cannot be chosen any more."""
+        if self.budget.timed or self.budget.frontier:
+            return math.inf
+        rows = map(Row.from_json, self.trials.rows)
+        return min([1.0, *(r.cost for r in rows if r.verdict != NOT_MET)])
 
     def _ask_uncompressed(self) -> None:
         program = optimize(self.program, self.exact, check=False).program
@@ -277,16 +277,3 @@ class _Measuring:
         more = quality(runner, dataclasses.replace(self.task, samples=rest))
         both = {k: getattr(score, k) + getattr(more, k) for k in LISTS} | {"seconds": score.seconds + more.seconds}
         return chosen(dataclasses.replace(score, **both), self.score.ids), False
-
-
-def _compressed(program: Program, candidate: Candidate) -> Program | str:
-    """The program with a plan, or why that cannot be."""
-    from mmopt.passes.compress_visual_tokens import CompressVisualTokens
-
-    _, method, keep, positions = candidate
-    try:
-        made, report = CompressVisualTokens(keep, method, candidate.place, positions)(program)
-    except ValueError as e:
-        return str(e)
-    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.place, "program")]
-    return made if report.rewrites else "; ".join(own or report.skipped)

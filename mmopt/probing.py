@@ -17,8 +17,9 @@ import numpy as np
 from mmopt.engine import Engine
 from mmopt.inspection import inspect
 from mmopt.program import Program
+from mmopt.searched import Candidate
 from mmopt.store import Store
-from mmopt.tasks import Sample, Score, _ProgramReader
+from mmopt.tasks import Sample, Score, Task, _ProgramReader
 
 ROUNDS = 9  # in which the time to the first token is measured, of several in turn
 Runner = Callable[[Program], Engine | Program]
@@ -36,6 +37,19 @@ def flops(program: Program) -> float:
     """FLOPs of encoding the images of a typical prompt and of reading it: up to the first new token of a sample."""
     found = inspect(program, batch=1, new_tokens=1)["totals"]
     return float(found.get("encode_flops_per_image", 0) * program.info["images"] + found["prefill_flops"])
+
+
+def compressed(program: Program, candidate: Candidate) -> Program | str:
+    """The program with a plan, or why that cannot be."""
+    from mmopt.passes.compress_visual_tokens import CompressVisualTokens
+
+    _, method, keep, positions = candidate
+    try:
+        made, report = CompressVisualTokens(keep, method, candidate.place, positions)(program)
+    except ValueError as e:
+        return str(e)
+    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.place, "program")]
+    return made if report.rewrites else "; ".join(own or report.skipped)
 
 
 @contextmanager
@@ -86,6 +100,16 @@ def _asking(runner: Engine | Program) -> Callable[[Sample], Any]:
 
 
 # ------------------------------------------------------------------------------------- what the trials in a file are of
+def identity(program: Program, task: Task, settings: Any) -> dict[str, str]:
+    """Digests of the program, its weights among it, of the samples with their images, and of the settings."""
+    score = getattr(task.score, "__qualname__", task.score)
+    return {
+        "program": digest(str(program), program.info["context"], *sampled(program)),
+        "task": digest(score, *(x for s in task.samples for x in content_of(s))),
+        "settings": digest(settings),
+    }
+
+
 def digest(*parts: Any) -> str:
     made = hashlib.sha256()
     for part in parts:

@@ -112,7 +112,7 @@ class Search:
     @property
     def best(self) -> Row | None:
         """The plan of least cost, then of highest quality, that keeps the budget and costs less than none."""
-        kept = [r for r in self.rows if r.verdict != NOT_MET and not r.pruned and r.cost < 1]
+        kept = [r for r in self.rows if r.verdict != NOT_MET and r.cost < 1]
         return min(kept, key=lambda r: (r.cost, -r.quality), default=None)
 
     def frontier(self) -> list[Row]:

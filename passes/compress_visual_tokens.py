@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from mmopt.contracts import random_inputs
 from mmopt.inspection import inspect
 from mmopt.language_places import inside_places, narrow_language
 from mmopt.narrowing import Narrower, RefusedError, Rows
@@ -88,6 +89,20 @@ class CompressVisualTokens(Pass):
             if other is not place:
                 report.skip(other.name, f"not asked for ({other.rows} rows)")
         return made
+
+
+    def drift(self, before: Program, after: Program) -> str:
+        """Of the logits after random images and prompts: what matters is measured by a task (`mmopt.quality`)."""
+        errors, same = [], 0
+        for size in (0, 1):
+            inputs = random_inputs(before, size, 0)
+            a, b = (p(**inputs)["logits"][:, -1].float() for p in (before, after))
+            errors += ((a - b).norm(dim=-1) / a.norm(dim=-1)).tolist()
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        return (
+            f"last logits of {len(errors)} random prompts differ by {sum(errors) / len(errors):.3g} of their norm, the "
+            f"likeliest id is the same in {same}"
+        )
 
 
 def find_places(program: Program) -> list[Place]:

@@ -281,6 +281,10 @@ class Engine:
             image_rows = self.encode_images(np.asarray(pixel_values), image_inputs)
         if image_rows is not None and not isinstance(image_rows, Tensor):
             image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
+        if image_rows is not None and image_rows.shape[1:] != self.decoder.rows_shape:
+            raise EngineError(
+                f"image_rows have shape {image_rows.shape}, expected (N, {', '.join(map(str, self.decoder.rows_shape))})"
+            )
         eos = frozenset(() if ignore_eos or forced is not None else self.info["eos_ids"])
         jobs, rest = [], _each(image_rows)
         counts = [list(p).count(self.info["image_id"]) for p in prompts] if images is None else list(images)

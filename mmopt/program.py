@@ -272,6 +272,11 @@ class Program:
             local |= media.of_chunk(chunk, values)
             visual = None
         elif chunk.images:
+            if values["image_rows"].shape[1:] != (self.info["rows_per_image"], width):
+                raise ValueError(
+                    f"image_rows have shape {tuple(values['image_rows'].shape)}, expected (N, "
+                    f"{self.info['rows_per_image']}, {width})"
+                )
             visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
         else:
             visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])

@@ -225,7 +225,7 @@ def scale_down(keep: int, weights: dict[str, Tensor]) -> Cut:
         shape = (*shape_of(conv)[:-2], *grid)
         made = b.emit(CONV2D, (flipped(b, x), *conv.args[1:]), shape, kind)
         matrix = torch.kron(resample(h, grid[0]), resample(w, grid[1]))
-        places = matrix.argmax(1).sort().values[None]
+        places = matrix.round(decimals=9).argmax(1).sort().values[None]  # of rows that weigh the same, the first
         held = replace(
             held,
             new=keep,
@@ -243,6 +243,8 @@ def scale_down(keep: int, weights: dict[str, Tensor]) -> Cut:
 
 
 def constant(b: Builder, weights: dict[str, Tensor], name: str, value: Tensor, dtype: torch.dtype) -> Node:
+    while name in weights:  # of an image that was scaled down before
+        name += "_"
     weights[name] = value.to(dtype)
     return b.weight(name, value.shape, dtype)
 

@@ -139,6 +139,8 @@ def compress(program: Program, place: Place, kept: int, method: str, positions: 
             runs[name], results[name] = run, values
     border = {k: found for k, found in border.items() if found[1].new is not None}
     if "image_rows" in border:
+        if program.info.get("rows_left_out_late"):
+            raise RefusedError("rows of images were left out inside the language model before")
         name, rows = border["image_rows"]
         at = program.stages[name].outputs.index("image_rows")
         if program.info.get("cross"):

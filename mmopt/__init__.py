@@ -28,6 +28,7 @@ _WHERE = {
     "FlowPlan": "mmopt.flow_plan",
     "Drift": "mmopt.flow_frontier",
     "Task": "mmopt.tasks",
+    "Quality": "mmopt.budget",
     "quality": "mmopt.tasks",
     "paired": "mmopt.tasks",
 }
@@ -35,6 +36,7 @@ __all__ = [*sorted(_WHERE), "__version__"]
 
 if TYPE_CHECKING:
     from mmopt.benchmark import bench as bench
+    from mmopt.budget import Quality as Quality
     from mmopt.cases import replay as replay
     from mmopt.checkpoint import CheckpointError as CheckpointError
     from mmopt.checkpoint import from_config as from_config

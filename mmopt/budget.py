@@ -36,11 +36,13 @@ class Quality:
     limit: so many of the task's samples, drawn by `seed`; quick: so many of these are asked first, 0 for none. trials:
     plans to measure. keeps, methods, positions, places: what plans are made of, by default every method at every place.
     store: a file of the trials, from which a search that was stopped goes on (one process at a time). flow: a budget of
-    drift for programs that paint, kept after the compression. timed: the cost is the time to the first token, measured;
-    otherwise FLOPs of encoding and reading the typical prompt, and the same seed gives the same trials. FLOPs are known
+    drift for programs that paint, kept after the compression. runner: what answers for a program, by default an engine
+    exported to a temporary directory (`mmopt.probing.exported`).
+
+    The cost is FLOPs of encoding and reading a typical prompt, and the same seed gives the same trials. They are known
     before anything is asked, so plans that cost no less than one that keeps the budget are passed over; frontier: they
-    are measured too, to see all of quality over cost. runner: what
-    answers for a program, by default an engine exported to a temporary directory (`mmopt.probing.exported`).
+    are measured too, to see all of quality over cost. timed: the cost is the time to the first token instead, measured
+    beside the uncompressed program in turn; fewer FLOPs need not take less time, and a busy machine cannot tell.
 
     Means are compared, on the same samples; the verdict says whether their 95 % interval is certain of it, too. Of many
     plans measured on the same samples the best looks a little better than it is. Raises ValueError that names a field.

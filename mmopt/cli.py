@@ -161,10 +161,16 @@ def inspect(
     ln_post: LnPostOption = False,
     more: SetOption = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print every node of every stage too.")] = False,
+    places: Annotated[
+        bool, typer.Option("--places", help="Only where rows of images can be left out, and what that would save.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the stages of a model: operators, FLOPs, weights read, the schedule. Needs no weights with --config."""
     import mmopt
+
+    if places and (optimized or graphs or prompt_length or steps):
+        raise ValueError("--places counts a model as it is traced; it takes none of the other options of what to show")
 
     with progress("inspecting") as now:
         now("tracing")
@@ -177,6 +183,13 @@ def inspect(
         if prompt_length is not None and model.family.flow is not None and context is None:
             context = prompt_length + model.family.flow(model.config).rows
         program = mmopt.trace(model, batch, images, context)
+        if places:
+            from mmopt.place_savings import place_savings, savings_text
+
+            now("counting")
+            found = place_savings(program)
+            show({"places": found}, savings_text(found), as_json)
+            return
         reports: list = []
         if optimized:
             now("optimizing")
@@ -284,15 +297,11 @@ def optimized(program: Any, plan: dict[str, Any] | None, budget: Any = None, **o
     """The exact passes, with the plan of a file or with one that is searched for."""
     import mmopt
 
-    if budget is not None:
-        from mmopt.budget import search_quality
-
-        return search_quality(program, budget, **options)
     if plan is not None:
         from mmopt.plans import apply_plan
 
         return apply_plan(program, plan, **options)
-    return mmopt.optimize(program, **options)
+    return mmopt.optimize(program, budget=budget, **options)
 
 
 @app.command()

@@ -347,7 +347,7 @@ class Decoder:
 def _one_after_the_other(images: Sequence[Tensor]) -> Tensor:
     """Tensors ``[1, rows, hidden]`` as ``[1, all rows, hidden]``; a copy only if they do not follow each other."""
     first = images[0]
-    step = images[1].pointer - first.pointer if len(images) > 1 else 0
+    step = first.nbytes  # and not 0, where an image stands there twice
     shape = (1, len(images) * first.shape[1], first.shape[2])
     if any(t.owner is not first.owner or t.pointer != first.pointer + i * step for i, t in enumerate(images)):
         return Tensor.of(np.concatenate([t.numpy() for t in images], 1), first.dtype, first.device)

@@ -282,9 +282,8 @@ class Engine:
         if image_rows is not None and not isinstance(image_rows, Tensor):
             image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
         if image_rows is not None and image_rows.shape[1:] != self.decoder.rows_shape:
-            raise EngineError(
-                f"image_rows have shape {image_rows.shape}, expected (N, {', '.join(map(str, self.decoder.rows_shape))})"
-            )
+            expected = ", ".join(map(str, self.decoder.rows_shape))
+            raise EngineError(f"image_rows have shape {image_rows.shape}, expected (N, {expected})")
         eos = frozenset(() if ignore_eos or forced is not None else self.info["eos_ids"])
         jobs, rest = [], _each(image_rows)
         counts = [list(p).count(self.info["image_id"]) for p in prompts] if images is None else list(images)
@@ -332,14 +331,15 @@ class Engine:
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
         rows = count_rows(ids, self.info) + (start.rows if start else 0)
-        limit = request.max_new_tokens or max(1, self.info["context"] - rows + 1)
+        gone = left_out(ids, self.info) + (left_out(start.ids, self.info) if start else 0)
+        most = self.info.get("positions", self.info["context"] + gone) - gone  # rows that have positions
+        limit = request.max_new_tokens or max(1, min(self.info["context"], most) - rows + 1)
         with _engine_errors():
             plan([ids], self.info, limit)
-        reach = rows + limit - 1 + left_out(ids, self.info) + (left_out(start.ids, self.info) if start else 0)
-        if reach > self.info.get("positions", reach):
+        if rows + limit - 1 > most:
             raise EngineError(
-                f"the prompt with its prefix reaches position {reach}, rows of images that were left out counted, but "
-                f"the model has {self.info['positions']}"
+                f"the prompt with its prefix reaches position {rows + limit - 1 + gone}, rows of images that were left "
+                f"out counted, but the model has {self.info['positions']}"
             )
         if start and rows + limit - 1 > self.info["context"]:
             raise EngineError(

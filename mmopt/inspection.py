@@ -162,6 +162,8 @@ def typical_prompt(info: dict[str, Any], images: int, leading: int = LEADING, te
             raise ValueError(f"{images} images with {SHOT} rows of text each do not fit a context of {info['context']}")
         return ([info["image_id"]] + [0] * (SHOT - 1)) * images
     room = info["context"] - images * info["rows_per_image"]
+    if "positions" in info:  # those of rows that were left out stay empty
+        room = min(room, info["positions"] - images * (info["rows_per_image"] + info["rows_left_out"]))
     if room < 1:
         taken = images * info["rows_per_image"]
         raise ValueError(f"{images} images take {taken} rows, but the context holds {info['context']}, text included")

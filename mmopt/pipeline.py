@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mmopt.contracts import BUDGET, ContractError, compare
 from mmopt.flow_frontier import Drift
@@ -20,6 +21,9 @@ from mmopt.passes.split_calls import SplitCalls
 from mmopt.passes.split_rows import SplitRows
 from mmopt.program import Program
 from mmopt.rewriting import Pass, Report
+
+if TYPE_CHECKING:
+    from mmopt.budget import Quality
 
 Observer = Callable[[str, Report | None], None]
 
@@ -56,19 +60,24 @@ def optimize(
     passes: Sequence[Pass] | None = None,
     check: bool | None = None,
     observers: Sequence[Observer] = (),
-    budget: Drift | None = None,
+    budget: Drift | Quality | None = None,
     prompts: Sequence[str | Sequence[int]] = (),
 ) -> Result:
     """Run `passes` (by default the exact ones). The input Program is not changed.
 
     With a `budget` of drift, a Program that paints then gets the plan of fewest passes that keeps it, measured on
     `prompts` (texts or ids, of the form that will be served); what was measured stands in the report. If no plan keeps
-    the budget, the nearest is taken and the report says so.
+    the budget, the nearest is taken and the report says so. With a budget of quality (`mmopt.Quality`) the cheapest
+    compression of visual tokens is searched for that keeps the score on a task; see `mmopt.budget.search_quality`.
 
     After each exact pass the Program is compared with the one before it on fresh random inputs at two sizes. `check`
     None does so where it is affordable and says so in the report where it is not. A pass that breaks its promise raises
     ContractError, which names stage, output, node and error and carries the last good Program.
     """
+    if budget is not None and not isinstance(budget, Drift):
+        from mmopt.budget import search_quality
+
+        return search_quality(program, budget, passes, check, observers, prompts)
     result = Result(program)
     unchecked = why_unchecked(program) if check is None else (None if check else "checks are off")
     for p in default_passes() if passes is None else passes:

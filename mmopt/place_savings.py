@@ -35,7 +35,7 @@ def place_savings(program: Program, keeps: Sequence[float] = KEEPS, every: bool 
             except (RefusedError, ValueError) as e:
                 row["why"] = str(e)
             else:
-                row["saved"][i] = 1 - cost(made) / before
+                row["saved"][i] = 1 - cost(made, program) / before
         found.append(row)
     return found
 

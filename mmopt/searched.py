@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmopt.inspection import number
 from mmopt.plans import compression, save_json
@@ -145,10 +145,12 @@ class Search:
 
     def text(self) -> str:
         """The rows as a table for people; a star marks those that no other beats, an arrow the choice."""
-        console = Console(file=(file := io.StringIO()), width=130, markup=False, highlight=False)
+        console = Console(file=(file := io.StringIO()), width=140, markup=False, highlight=False)
         best, chosen, timed = {id(r) for r in self.frontier()}, self.best, self.full.seconds is not None
-        heads = ["place", "method", "keep", "rows", "FLOP", *(["first token"] if timed else []), "cost"]
-        table = Table(*heads, "quality", "difference", "95 %", "samples", "budget", "best")
+        heads = ["method", "keep", "rows", "FLOP", *(["first token"] if timed else []), "cost"]
+        table = Table(
+            Column("place", no_wrap=True), *heads, "quality", "difference", "95 %", "samples", "budget", "best"
+        )
         for r in [self.full, *self.rows]:
             place, method, keep, positions = r.plan or ("", "", 1.0, "keep")
             seconds = [] if not timed else ["" if r.seconds is None else f"{1e3 * r.seconds:.3g} ms"]

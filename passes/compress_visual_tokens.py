@@ -7,6 +7,8 @@ rows is fixed when the pass runs, so all shapes stay what they were in kind, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import Node
 
 from mmopt.contracts import random_inputs
@@ -27,8 +29,9 @@ class CompressVisualTokens(Pass):
     """keep: share of an image's rows that stay at `place`, more than 0, at most 1 (nothing is changed).
 
     method: one of `mmopt.selection.METHODS`, or "resize" at place "pixels". place: a name of `find_places`, by default
-    that where the last stage of the images leaves them. positions: "keep" those that rows of the language model had
-    before, or "renumber" them without gaps, which is cheaper to carry and destroys grounding (GAP, arXiv:2506.21873).
+    all attentions of the tower, each leaving out some rows, which with this method lost least where it was measured; if
+    there are none, where the last stage of the images leaves them. positions: "keep" those that rows of the language
+    model had before, or "renumber" them without gaps, which destroys grounding (GAP, arXiv:2506.21873).
     least_saving: share of the FLOPs of an image and its prompt that must be saved, else the place is refused.
     """
 
@@ -37,7 +40,7 @@ class CompressVisualTokens(Pass):
     def __init__(
         self,
         keep: float = 0.25,
-        method: str = "pool",
+        method: str = "dominant",
         place: str | None = None,
         positions: str = "keep",
         least_saving: float = 0.02,
@@ -61,8 +64,7 @@ class CompressVisualTokens(Pass):
         if not places:
             report.skip("program", "no stage makes rows of an image that it could do without")
             return program
-        leave = [p for p in places.values() if p.name == p.stage]
-        place = places[self.place] if self.place else leave[-1]
+        place = places[self.place or default_place(places)]
         kept = max(1, round(self.keep * place.rows))
         if (self.method == RESIZE) != (place.name == PIXELS):
             report.skip(place.name, f"method {self.method} is not for this place")
@@ -72,7 +74,7 @@ class CompressVisualTokens(Pass):
         except RefusedError as e:
             report.skip(place.name, str(e))
             return program
-        before, after = (cost(p) for p in (program, made))
+        before, after = cost(program), cost(made, program)
         saved = 1 - after / before
         if saved < self.least_saving:
             report.skip(
@@ -90,7 +92,6 @@ class CompressVisualTokens(Pass):
                 report.skip(other.name, f"not asked for ({other.rows} rows)")
         return made
 
-
     def drift(self, before: Program, after: Program) -> str:
         """Of the logits after random images and prompts: what matters is measured by a task (`mmopt.quality`)."""
         errors, same = [], 0
@@ -105,14 +106,24 @@ class CompressVisualTokens(Pass):
         )
 
 
+def default_place(places: Mapping[str, Place]) -> str:
+    spread = [p.name for p in places.values() if len(p.nodes) > 1]
+    return spread[0] if spread else [p.name for p in places.values() if p.name == p.stage][-1]
+
+
 def find_places(program: Program) -> list[Place]:
     """Where a program could do with fewer rows of an image, from its pixels to the layers of the language model."""
     return [*image_places(program), *inside_places(program)]
 
 
-def cost(program: Program) -> float:
-    """FLOPs of one image and of its prompt: up to the first new token of a sample."""
-    found = inspect(program, batch=1, images=1, new_tokens=1, context=program.info["context"])["totals"]
+def cost(program: Program, beside: Program | None = None) -> float:
+    """FLOPs of one image and of its prompt: up to the first new token of a sample.
+
+    beside: a program whose prompt has as much text, however few rows its images take.
+    """
+    info = program.info
+    fewer = beside.info["rows_per_image"] - info["rows_per_image"] if beside else 0
+    found = inspect(program, batch=1, images=1, new_tokens=1, context=info["context"] - fewer)["totals"]
     return found["encode_flops_per_image"] + found["prefill_flops"]
 
 

@@ -43,8 +43,9 @@ def owl_config() -> dict:
 def janus_config() -> dict:
     raw = json.loads((DATA / "janusflow/config.json").read_text())
     raw["language_config"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 60}
-    raw["language_config"] |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
+    raw["language_config"] |= {"num_key_value_heads": 2, "max_position_embeddings": 90}
     raw["vision_und_enc_config"]["params"] |= {"layers": 2, "image_size": 64, "width": 24, "heads": 2}
+    raw["latent_size"] = 8  # painted images take 16 rows
     for part in ("gen_enc", "gen_dec"):
         raw[f"vision_{part}_config"]["params"] |= {"layers_in_middle": 1, "hidden_size": 32}
     return raw
@@ -79,7 +80,7 @@ def model(family: str, dtype: str = "float32") -> Model:
 
 @cache
 def traced(family: str, dtype: str = "float32") -> Program:
-    return mmopt.trace(model(family, dtype), batch=3, images=3, context=72)
+    return mmopt.trace(model(family, dtype), batch=3, images=3, context=200 if family == "owl" else 72)
 
 
 @cache

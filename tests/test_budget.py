@@ -129,7 +129,7 @@ def best_of_all(drop):
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
-@pytest.mark.parametrize("drop", [0.0, 0.005, 0.01, 0.06, 0.2])
+@pytest.mark.parametrize("drop", [0.005, 0.01, 0.2])
 def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
     result = world.search(drop=drop, trials=99)
     best = result.search.best

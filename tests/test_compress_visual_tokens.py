@@ -1,22 +1,53 @@
 """compress_visual_tokens against the plain modules called by hand: every kind of place, in three families."""
 
+import json
+
 import pytest
 import sympy
 import torch
 from compressed import (
-    CHOICES, CLOSE, FAMILIES, FORCED, GRID, KEEP, LAYOUTS, PATCHES, QUERIES, I, Images, Left, compress, compressed,
-    count, flamingo_images, ids_of, inside, janus_images, names, owl_images, picked, pixels, reference, run,
-    seen_images, selected, traced,
+    CHOICES,
+    CLOSE,
+    DATA,
+    FAMILIES,
+    FORCED,
+    GRID,
+    KEEP,
+    LAYOUTS,
+    PATCHES,
+    QUERIES,
+    I,
+    Images,
+    Left,
+    compress,
+    compressed,
+    count,
+    flamingo_images,
+    ids_of,
+    inside,
+    janus_images,
+    names,
+    owl_images,
+    picked,
+    pixels,
+    reference,
+    run,
+    seen_images,
+    selected,
+    traced,
 )  # fmt: skip
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens, find_places
+from mmopt.passes.compress_visual_tokens import compress as narrow
 from toys import declared, random_values
 
 import mmopt
 from mmopt import narrowing, planning, row_positions
+from mmopt.checkpoint import from_config
 from mmopt.contracts import ContractError
 from mmopt.graph import Builder
-from mmopt.narrowing import Rows
-from mmopt.program import Stage
+from mmopt.narrowing import RefusedError, Rows
+from mmopt.program import Call, Program, Stage
+from mmopt.tracing import trace_stage
 
 TOWERS = {"owl": "vision", "janus": "encode_vision", "flamingo": "encode_vision"}
 BEFORE = {"owl": "abstractor", "janus": "encode_vision"}  # where all rows leave for the language model
@@ -42,7 +73,10 @@ def runs_as(family, program, cuts=None, small=None, layout="batch", **kw):
     """The Program's logits are those of whole sequences through the plain modules."""
     prompts = ids_of(family, layout)
     images = shown(family, prompts)
-    close(run(program, prompts, images), reference(family, prompts, FORCED, seen_images(family, images, cuts, small), **kw))
+    close(
+        run(program, prompts, images),
+        reference(family, prompts, FORCED, seen_images(family, images, cuts, small), **kw),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- places
@@ -70,7 +104,6 @@ def test_fewer_and_fewer():
     assert place.counts(4) == [10, 4]
     assert place.counts(1) == [8, 1]
     assert place.counts(16) == [16, 16]
-
 
 
 # ------------------------------------------------------------------------------------------------ what nothing is done
@@ -116,7 +149,11 @@ def test_a_grid_that_is_none():
         ("owl", {"method": "resize", "place": "vision"}, "vision: method resize is not for this place"),
         ("owl", {"method": "pool", "place": "pixels"}, "pixels: method pool is not for this place"),
         ("owl", {"method": "dominant"}, "abstractor: method dominant needs keys of an attention among these rows"),
-        ("flamingo", {"keep": 0.5}, r"resample: 4 of 8 rows would save 0\.\d\d% of the FLOPs of an image and its prompt"),
+        (
+            "flamingo",
+            {"keep": 0.5},
+            r"resample: 4 of 8 rows would save 0\.\d\d% of the FLOPs of an image",
+        ),
     ],
 )
 def test_left_alone(family, options, says):
@@ -185,7 +222,9 @@ def test_all_stages_have_the_shapes_they_say():
         for stage in program.stages.values():
             symbols = {str(s) for n in stage.placeholders() for s in n.meta["shape"] if isinstance(s, sympy.Symbol)}
             sizes = dict.fromkeys(symbols, 2) | ({"nv": 2 * program.info["rows_per_image"]} if "nv" in symbols else {})
-            declared(stage, program.weights, random_values(stage, sizes))
+            values = random_values(stage, sizes)
+            values |= {k: torch.full_like(v, 8) for k, v in values.items() if k == "past"}
+            declared(stage, program.weights, values)
 
 
 def test_painting_is_as_it_was():
@@ -200,7 +239,7 @@ def test_painting_is_as_it_was():
 
 # ---------------------------------------------------------------------------------------------------- inside the tower
 @pytest.mark.parametrize("method", ["uniform", "pool"])
-@pytest.mark.parametrize("at", [1, 2, "end"])
+@pytest.mark.parametrize("at", [1, "end"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tower(family, at, method):
     """Later attentions and the abstractor or resampler read fewer keys, at their places, with their sizes."""
@@ -215,7 +254,8 @@ def test_merged_in_the_tower(family):
 
 
 def test_fewer_and_fewer_in_the_tower():
-    runs_as("flamingo", compressed("flamingo", "encode_vision.all", 0.25, "merge"), {1: selected("merge", 10), 2: selected("merge", 4)})
+    cuts = {1: selected("merge", 10), 2: selected("merge", 4)}
+    runs_as("flamingo", compressed("flamingo", "encode_vision.all", 0.25, "merge"), cuts)
 
 
 def test_by_what_the_class_row_looks_at():
@@ -224,7 +264,7 @@ def test_by_what_the_class_row_looks_at():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_smaller_image(family):
-    """Pixels and tables of positions are scaled in the same way; a row stands where the first that it is near to stood."""
+    """Pixels and tables of positions are scaled in the same way; a row stands where the first stood that it is near."""
     prompts = ids_of(family, "batch")
     images = shown(family, prompts)
     made = seen_images(family, images, None, (2, 2))
@@ -251,7 +291,10 @@ def test_fewer_latents():
     assert program.info["cross"]["rows"] == 4
     prompts = ids_of("flamingo", "batch")
     images = shown("flamingo", prompts)
-    close(run(program, prompts, images), reference("flamingo", prompts, FORCED, flamingo_images(images)[:, :, [0, 2, 4, 6]]))
+    close(
+        run(program, prompts, images),
+        reference("flamingo", prompts, FORCED, flamingo_images(images)[:, :, [0, 2, 4, 6]]),
+    )
 
 
 # ------------------------------------------------------------------------------------------- inside the language model
@@ -314,27 +357,49 @@ def test_scaled_down_twice():
     program = refused_or_runs(once, 4 / 9, "resize", "pixels")
     prompts = ids_of("owl", "one image")
     images = shown("owl", prompts)
-    from compressed import shrunk
-
-    module = __import__("compressed").model("owl").module
     made = run(program, prompts, images)
     assert made.isfinite().all()
     assert (made - run(once, prompts, images)).abs().max() > FAR
-    assert module is not None
-    assert shrunk is not None
 
 
-@pytest.mark.parametrize(("family", "done"), [("idefics", None), ("mllama", "what stands beside the rows")])
-def test_families_of_the_library(family, done):
-    """One has nothing in the way; masks of fixed length stand in the way of the other, and it says so."""
-    from compressed import DATA
+def image_program(family):
+    """What makes rows of images in a family of the transformers library, with few layers; and its module."""
+    raw = json.loads((DATA / "flamingo" / family / "config.json").read_text())
+    if family == "idefics":
+        raw["vision_config"] |= {"num_hidden_layers": 1}
+        raw["perceiver_config"] |= {"resampler_depth": 1}
+    else:
+        few = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+        raw["vision_config"] |= few | {"vision_output_dim": 64}
+    model, weights = from_config(raw, "float32", random=True), {}
+    specs = {k: s for k, s in model.family.stages(model.module, 16).items() if k in ("encode_vision", "resample")}
+    stages = {k: trace_stage(s, weights) for k, s in specs.items()}
+    cross = {"rows": model.family.cross(model.config).rows}
+    return Program(stages, tuple(map(Call, stages)), weights, {}, {"cross": cross}), model.module
 
-    program = mmopt.trace(mmopt.load(DATA / "flamingo" / family), batch=1, images=1, context=32)
-    for place in find_places(program):
-        if place.name.endswith((".2", ".3")):
-            continue
-        said = refused_or_runs(program, 4 / 9, "resize" if place.name == "pixels" else "uniform", place.name)
-        assert (done in said) if done else not isinstance(said, str)
+
+def test_a_family_of_the_library():
+    program, module = image_program("idefics")
+    places = {p.name: p for p in find_places(program)}
+    images = torch.randn(2, 3, 42, 42)
+    made = narrow(program, places["encode_vision"], 4, "uniform")
+    rows = module.model.vision_model(images)[:, [0, 1, 3, 7, 9]]  # the class row, and the corners of 3 x 3
+    found = made.stages["encode_vision"].run(made.weights, {"pixel_values": images})
+    close(found["vision_rows"], rows)
+    found = made.stages["resample"].run(made.weights, {k: found[k] for k in made.stages["resample"].inputs})
+    close(found["image_rows"], module.resample(rows))
+    for name, method in (("encode_vision.1", "pool"), ("pixels", "resize")):
+        found = narrow(program, places[name], 4, method).stages["encode_vision"].output_nodes()["vision_rows"]
+        assert found.meta["shape"][1] == 5
+
+
+def test_a_family_with_masks_of_fixed_length_says_so():
+    program, _ = image_program("mllama")
+    places = find_places(program)
+    assert [p.name for p in places] == ["pixels", "encode_vision"]
+    for place, method in zip(places, ("resize", "uniform"), strict=True):
+        with pytest.raises(RefusedError, match="what stands beside the rows"):
+            narrow(program, place, 1, method)
 
 
 # ---------------------------------------------------------------------------------------------------------- near misses
@@ -352,7 +417,9 @@ def test_columns_that_are_not_told_are_noticed(monkeypatch):
         made = real(b, x, rows)
         width = made.meta["shape"][2]
         kept = b.slice(made, 2, 0, width - 2)
-        zeros = b.emit(narrowing.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"])
+        zeros = b.emit(
+            narrowing.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"]
+        )
         return b.cat([kept, zeros], 2)
 
     monkeypatch.setattr(row_positions, "_with_columns", empty)
@@ -383,10 +450,10 @@ def test_sizes_that_are_dropped_are_noticed(monkeypatch, family):
         return self.b.emit(narrowing.MUL, (logs, 0.0), logs.meta["shape"], logs.meta["dtype"])
 
     monkeypatch.setattr(narrowing.Narrower, "weight_of_sizes", one_each)
-    program, _ = compress(traced(family), 0.25, "pool", TOWERS[family] + ".1")
+    program, _ = compress(traced(family), 6 / 16, "pool", TOWERS[family] + ".1")  # windows of 4 and of 2 rows
     prompts = ids_of(family, "batch")
     images = shown(family, prompts)
-    wanted = reference(family, prompts, FORCED, seen_images(family, images, {1: CHOICES["pool"]}))
+    wanted = reference(family, prompts, FORCED, seen_images(family, images, {1: selected("pool", 6)}))
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 
 
@@ -428,20 +495,19 @@ def test_both_columns_are_read(monkeypatch):
     close(run(program, prompts, images), wanted)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(dtype):
+def test_half_precision():
     """The same places are kept, and positions are exact; the rest is rounding."""
     prompts, images, wanted = janus_apart()
-    program, _ = compress(traced("janus", dtype), 0.25, "uniform", "encode_vision")
-    error = (run(program, prompts, images) - wanted).norm() / wanted.norm()
-    assert error < {"float16": 0.01, "bfloat16": 0.05}[dtype]
-    renumbered, _ = compress(traced("janus", dtype), 0.25, "uniform", "encode_vision", positions="renumber")
-    assert (run(renumbered, prompts, images) - wanted).norm() / wanted.norm() > 0.1
+    errors = []
+    for positions in ("keep", "renumber"):
+        program, _ = compress(traced("janus", "bfloat16"), 0.25, "uniform", "encode_vision", positions=positions)
+        errors.append(float((run(program, prompts, images) - wanted).norm() / wanted.norm()))
+    assert errors[0] < 0.05 < 0.1 < errors[1]
 
 
 def test_positions_beyond_the_table():
     program = compressed("janus", "encode_vision", 0.25, "uniform")
-    assert program.info["positions"] == 128
+    assert program.info["positions"] == 90
     assert program.info["rows_left_out"] == 12
     info = {**program.info, "positions": 30}
     (prompt,) = ids_of("janus", [(3, I, 4)])  # 7 ids and 17 positions
@@ -450,20 +516,6 @@ def test_positions_beyond_the_table():
         planning.plan([prompt], info, 8)
 
 
-# ---------------------------------------------------------------------------------------------------- the exact passes
-@pytest.mark.parametrize(
-    ("family", "place", "method"),
-    [("owl", "vision.1", "pool"), ("janus", "encode_vision", "uniform"), ("flamingo", "encode_vision.1", "pool")],
-)
-def test_exact_passes_after_it(family, place, method):
-    result = mmopt.optimize(traced(family), [CompressVisualTokens(0.25, method, place), *mmopt.default_passes()])
-    first, *rest = result.reports
-    assert first.checked.startswith("drift: last logits of 4 random prompts differ by")
-    assert {r.checked for r in rest} <= {"checked", "nothing to check"}
-    assert sum(r.checked == "checked" for r in rest) >= 5
-    runs_as(family, result.program, {int(place[-1]) if place[-1] in "12" else "end": CHOICES[method]})
-
-
 def test_errors_name_the_pass():
-    with pytest.raises(ContractError, match="pass compress_visual_tokens failed: ValueError: place is 'x', expected one"):
+    with pytest.raises(ContractError, match="pass compress_visual_tokens failed: ValueError: place is 'x'"):
         mmopt.optimize(traced("owl"), [CompressVisualTokens(place="x")])

@@ -1,0 +1,59 @@
+"""The TensorRT gate on programs whose images have fewer rows: every stage is parsed and built, at the shapes it gets."""
+
+from functools import cache
+
+import onnx
+import pytest
+from compressed import traced
+from mmopt.exporters import tensorrt
+from mmopt.exporters.onnx import export
+from mmopt.exporters.tensorrt import profiles
+from mmopt.passes.compress_visual_tokens import CompressVisualTokens
+from sessions import assert_builds
+
+from mmopt.pipeline import default_passes, optimize
+
+installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
+MADE = {  # family, place, method
+    "before": ("janus", "encode_vision", "uniform"),
+    "inside": ("janus", "language_model.1", "pool"),
+    "tower": ("flamingo", "encode_vision.1", "merge"),
+}
+
+
+@cache
+def program(kind):
+    family, place, method = MADE[kind]
+    passes = [CompressVisualTokens(0.5, method, place), *default_passes()]
+    return optimize(traced(family), passes, check=False).program
+
+
+@installed
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("before", None), ("inside", None), ("tower", None), ("before", "float16"), ("tower", "float16")],
+)
+def test_builds(kind, dtype, tmp_path):
+    assert_builds(program(kind), tmp_path / "engine", dtype)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_only_standard_operators(kind, tmp_path):
+    out = export(program(kind), tmp_path / "engine", "tensorrt", check=False, gate=False)
+    for path in out.glob("*.onnx"):
+        assert [o.domain for o in onnx.load(path, load_external_data=False).opset_import] == [""]
+
+
+def test_profiles_have_what_is_told_of_images():
+    """Rows of images carry two columns; a number for each sample says how many were left out."""
+    made = program("before")
+    inputs = made.stages["language_model"].input_nodes()
+    shapes = {
+        k: {"shape": [str(s) if not isinstance(s, int) else s for s in n.meta["shape"]]} for k, n in inputs.items()
+    }
+    prompt, text, decode = profiles(shapes, made.info)[:3]
+    assert prompt["visual"] == [(1, 0, 34), (1, 9, 34), (1, 27, 34)]
+    assert text["visual"] == [(1, 0, 34)] * 3
+    for key in ("left_out_before", "left_out"):
+        assert prompt[key] == [(1,)] * 3
+        assert decode[key] == [(1,), (3,), (3,)]

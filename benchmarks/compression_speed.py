@@ -120,11 +120,11 @@ def measure(
     there = places_of(program)
     if wrong := [p for p in places if p not in there]:
         raise ValueError(f"--places: expected some of {', '.join(there)}, found {', '.join(wrong)}")
-    groups = {p: [Way(m, k) for m in there[p] for k in keeps] for p in places or there}
     rows, limits = [], {}
-    for place, ways in groups.items():
+    for place in places or there:
         tell(f"{config}: building {place}")
-        made, limits[place] = group(program, place, [Way(FULL, 1.0), *ways], rounds, threads, tell)
+        ways = [Way(FULL, 1.0), *(Way(m, k) for m in there[place] for k in keeps)]
+        made, limits[place] = group(program, place, ways, rounds, threads, tell)
         rows += made
     return {
         **conditions(torch.device("cpu"), threads, program.info),
@@ -194,7 +194,7 @@ def faster(base: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> dict[str, f
 # ------------------------------------------------------------------------------------------------------------ results
 def text(config: str, found: dict[str, Any]) -> str:
     """One config as a table."""
-    console = Console(file=(file := io.StringIO()), width=180, markup=False, highlight=False)
+    console = Console(file=(file := io.StringIO()), width=200, markup=False, highlight=False)
     versions, sizes = ", ".join(f"{k} {v}" for k, v in found["versions"].items()), found["sizes"]
     console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
     console.print(
@@ -204,13 +204,13 @@ def text(config: str, found: dict[str, Any]) -> str:
     heads = ("place", "method", "rows", "FLOP", "encode", "prefill", FIRST, "least", "x paired", "minima", "FLOPs")
     table = Table(*heads, LANGUAGE, "x paired", "minima", "FLOPs")
     for r, after in zip(found["rows"], [*found["rows"][1:], {"place": None}], strict=True):
-        own = [r["place"], r["method"], f"{r['kept']}/{r['rows']}"]
         if "times" not in r:
             continue
         ms = {k: f"{t['median_ms']:.1f}" for k, t in r["times"].items()}
         wide = "{median_ms:.1f} ({p25_ms:.1f}-{p75_ms:.1f})".format(**r["times"][FIRST])
         cells = [number(sum(r["flops"].values())), ms["encode"], ms["prefill"], wide]
         cells += [f"{r['times'][FIRST]['min_ms']:.1f}", *ratios(r, FIRST), ms.get(LANGUAGE, ""), *ratios(r, LANGUAGE)]
+        own = [r["place"], r["method"], f"{r['kept']}/{r['rows']}"]
         table.add_row(*own, *cells, end_section=after["place"] != r["place"])
     console.print(table)
     for r in found["rows"]:
@@ -247,7 +247,7 @@ def plot(configs: dict[str, dict[str, Any]], path: str | Path) -> None:
             own = [(r["keep"], r["times"][FIRST]) for r in sorted(here, key=lambda r: r["keep"])]
             middle = [t["median_ms"] for _, t in own]
             bars = [[abs(t[q] - t["median_ms"]) for _, t in own] for q in ("p25_ms", "p75_ms")]
-            style = {"color": f"C{places.index(place)}", "linestyle": "--" if lines[i - 1][0] == place else "-"}
+            style = {"color": f"C{places.index(place)}", "linestyle": "--" if i and lines[i - 1][0] == place else "-"}
             name = f"{place}, {method}"
             axes.errorbar([k for k, _ in own], middle, bars, label=name, marker="o", markersize=3, capsize=2, **style)
         axes.set_xscale("log", base=2)
@@ -282,16 +282,15 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     configs = json.loads(a.out.read_text())["configs"] if a.out and a.out.exists() else {}
     keeps, places = [float(k) for k in a.keeps.split(",")], [p for p in a.places.split(",") if p]
+    tell = partial(print, file=sys.stderr, flush=True)
     for config in a.configs if a.rounds else ():
         with torch.no_grad():
-            configs[config] = measure(
-                config, keeps, places, a.rounds, a.threads, lambda now: print(now, file=sys.stderr, flush=True)
-            )
+            configs[config] = measure(config, keeps, places, a.rounds, a.threads, tell)
         if a.out:
             write({"kind": "compression speed", "configs": configs}, a.out)
     for config, found in configs.items():
         print(text(config, found))
-    if a.plot:
+    if a.plot and configs:
         plot(configs, a.plot)
     if failed := [r for found in configs.values() for r in found["rows"] if "failed" in r]:
         sys.exit(f"{len(failed)} engines answer something else than their Programs, for example {failed[0]}")

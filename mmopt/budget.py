@@ -215,7 +215,7 @@ class _Measuring:
                     left[str(candidate)], costs[candidate] = made, math.inf
                     continue
                 made = optimize(made, self.exact, check=False).program
-                costs[candidate] = flops(made) / self.flops
+                costs[candidate] = flops(made, self.program) / self.flops
                 if costs[candidate] < bar:
                     break
             else:
@@ -253,7 +253,7 @@ class _Measuring:
         )  # fmt: skip
 
     def _measure(self, candidate: Candidate, program: Program) -> Row:
-        budget, count = self.budget, flops(program)
+        budget, count = self.budget, flops(program, self.program)
         with answering(program, budget.runner) as runner:
             score, pruned = self._score(runner)
             times = first_token(self.shown, self.runner, runner) if budget.timed else ()

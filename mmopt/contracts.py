@@ -78,7 +78,10 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
         images = rows = 0
         for part in parts:
             need = info["rows_per_image"] if part == image else len(part)
+            reach = rows + need + (images + (part == image)) * info.get("rows_left_out", 0)
             if (part == image and images >= info["images"]) or rows + need > spare:
+                continue
+            if reach > info.get("positions", reach + 4) - 4:
                 continue
             prompt += part
             images, rows = images + (part == image), rows + need

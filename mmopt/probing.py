@@ -33,9 +33,14 @@ def chosen(score: Score, ids: Sequence[str]) -> Score:
     return dataclasses.replace(score, **lists)
 
 
-def flops(program: Program) -> float:
-    """FLOPs of encoding the images of a typical prompt and of reading it: up to the first new token of a sample."""
-    found = inspect(program, batch=1, new_tokens=1)["totals"]
+def flops(program: Program, beside: Program | None = None) -> float:
+    """FLOPs of encoding the images of a typical prompt and of reading it: up to the first new token of a sample.
+
+    beside: a program whose prompt has as much text, however few rows its images take.
+    """
+    info = program.info
+    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * info["images"] if beside else 0
+    found = inspect(program, batch=1, new_tokens=1, context=info["context"] - fewer)["totals"]
     return float(found.get("encode_flops_per_image", 0) * program.info["images"] + found["prefill_flops"])
 
 

@@ -43,8 +43,9 @@ from toys import declared, random_values
 import mmopt
 from mmopt import narrowing, planning, row_positions
 from mmopt.checkpoint import from_config
-from mmopt.contracts import ContractError
+from mmopt.contracts import ContractError, random_inputs
 from mmopt.graph import Builder
+from mmopt.inspection import typical_prompt
 from mmopt.narrowing import RefusedError, Rows
 from mmopt.program import Call, Program, Stage
 from mmopt.tracing import trace_stage
@@ -148,7 +149,11 @@ def test_a_grid_that_is_none():
     [
         ("owl", {"method": "resize", "place": "vision"}, "vision: method resize is not for this place"),
         ("owl", {"method": "pool", "place": "pixels"}, "pixels: method pool is not for this place"),
-        ("owl", {"method": "dominant"}, "abstractor: method dominant needs keys of an attention among these rows"),
+        (
+            "owl",
+            {"method": "dominant", "place": "abstractor"},
+            "abstractor: method dominant needs keys of an attention among these rows",
+        ),
         (
             "flamingo",
             {"keep": 0.5},
@@ -166,18 +171,24 @@ def test_left_alone(family, options, says):
 
 
 def test_least_saving_says_how_much():
-    """The figure is that of the two programs; asked for less, the same place is taken."""
-    from mmopt.inspection import inspect
-
+    """The figure is that of two prompts with as much text; asked for less, the same place is taken."""
     program = traced("janus")
     made, report = CompressVisualTokens(0.25, "pool", "encode_vision")(program)
-    totals = [inspect(p, batch=1, images=1, new_tokens=1, context=72)["totals"] for p in (program, made)]
-    flops = [t["encode_flops_per_image"] + t["prefill_flops"] for t in totals]
+    found = [(program, 72), (made, 72 - 12)]  # as many rows of text as fit: 55 beside 17 rows, and beside 5
+    found = [mmopt.inspect(p, batch=1, images=1, new_tokens=1, context=n) for p, n in found]
+    assert [f["prompt"]["rows"] for f in found] == [72, 60]
+    flops = [f["totals"]["encode_flops_per_image"] + f["totals"]["prefill_flops"] for f in found]
     saved = 1 - flops[1] / flops[0]
     assert f"; {saved:.0%} fewer FLOPs" in report.rewrites[0]
     refused = CompressVisualTokens(0.25, "pool", "encode_vision", least_saving=saved + 0.001)(program)[1]
     assert f"would save {saved:.2%} of" in refused.skipped[0]
     assert CompressVisualTokens(0.25, "pool", "encode_vision", least_saving=saved - 0.001)(program)[1].rewrites
+
+
+def test_by_default():
+    """Some rows after each attention of the tower; where there is none that is left out, where they leave it."""
+    _, report = CompressVisualTokens(0.5)(traced("janus"))
+    assert report.rewrites[0].startswith("encode_vision.all: 8 of 16 rows of an image stay, by dominant; ")
 
 
 def test_report():
@@ -503,6 +514,23 @@ def test_half_precision():
         program, _ = compress(traced("janus", "bfloat16"), 0.25, "uniform", "encode_vision", positions=positions)
         errors.append(float((run(program, prompts, images) - wanted).norm() / wanted.norm()))
     assert errors[0] < 0.05 < 0.1 < errors[1]
+
+
+def test_prompts_that_are_made_up_stay_within_the_table():
+    """Of `inspect` and of the checks of passes."""
+    program = compressed("janus", "encode_vision", 0.25, "uniform")
+    info = {**program.info, "positions": 50}
+    for images, text in ((1, 33), (2, 16)):
+        prompt = typical_prompt(info, images)
+        assert len(prompt) - images == text
+        planning.plan([prompt], info, 1)
+    with pytest.raises(ValueError, match="3 images take"):
+        typical_prompt(info, 3)
+    few = program.copy()
+    few.info |= {"positions": 30}
+    prompts = random_inputs(few, 1, 0)["prompts"]
+    assert [p.count(program.info["image_id"]) for p in prompts] == [1, 0, 1]
+    planning.plan(prompts, few.info, 3)
 
 
 def test_positions_beyond_the_table():

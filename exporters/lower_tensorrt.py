@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mmopt.exporters.emit import Emitter, Rule
 from mmopt.exporters.lower import PLAIN
 from mmopt.exporters.lower_attention import (
@@ -21,7 +22,7 @@ from mmopt.exporters.lower_attention import (
 )
 from torch.fx import Node
 
-from mmopt.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, SEGMENT_ATTENTION, shape_of
+from mmopt.graph import ATTENTION, CACHED_ATTENTION, CAT, CROSS_ATTENTION, LINEAR, ROTARY, SEGMENT_ATTENTION, shape_of
 
 
 def attention(e: Emitter, n: Node) -> str:
@@ -47,7 +48,20 @@ def linear(e: Emitter, n: Node) -> str:
     return made if bias is None else e.op("Add", made, e.operand(bias, e.dtype(n)))
 
 
+def rotary(e: Emitter, n: Node) -> str:
+    """Layers that hold fewer rows than those before them have tables put together for the rows that stay. Without
+    images these are the tables of all rows, but caches are still written at other slots, and then the builder orders
+    its own kernels wrongly if layers of both kinds read one table (TensorRT for RTX 1.7: "uses before defs", or it
+    crashes). The maximum with the lowest number keeps the tables apart and changes no value."""
+    x, *tables, heads = n.args
+    lowest = e.number(torch.finfo(e.dtype(n)).min, e.dtype(n))
+    ins = [e.operand(t, e.dtype(n)) for t in tables]
+    ins = [e.op("Max", i, lowest) if t.target is CAT else i for i, t in zip(ins, tables, strict=True)]
+    return e.op("RotaryEmbedding", e.value(x), *ins, num_heads=heads)
+
+
 RULES: dict[Any, Rule] = PLAIN | {
+    ROTARY: rotary,
     LINEAR: linear,
     ATTENTION: attention,
     CROSS_ATTENTION: cross_attention(attend),

@@ -90,7 +90,8 @@ class World:
         fake = SimpleNamespace(CompressVisualTokens=Toy, find_places=lambda program: names)
         patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
         patch.setitem(sys.modules, "mmopt.selection", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
-        patch.setattr(searching, "flops", lambda p: 1e6 * (known_cost(*p.info["asked"]) if "asked" in p.info else 1))
+        asked = lambda p: known_cost(*p.info["asked"]) if "asked" in p.info else 1  # noqa: E731
+        patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
         patch.setattr(searching, "quality", self.quality)
         patch.setattr("mmopt.searched.paired", lambda a, b: mmopt.paired(a, b, draws=300))  # quick
         patch.setattr("mmopt.pipeline.why_unchecked", lambda program: "a toy")

@@ -57,7 +57,6 @@ class EnginePainter(Painter):
         self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.get("one_sample")}
         self.info, both = facts["info"], 2 * self.count
         model = decoder.language
-        self.model_name = model.name
         self.cached = [k for k in model.inputs if is_cache(k)]
         self.caches = {
             k: Tensor.zeros((both, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
@@ -88,7 +87,7 @@ class EnginePainter(Painter):
     def _run(self, call: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         stage = self.decoder.stages[call.stage]
         given = {k: _memory(stage, k, x) for k, x in inputs.items()}
-        if call.stage != self.model_name:
+        if not any(k in self.cached for k in stage.inputs):
             made = {k: stage.empty(k, given) for k in stage.outputs}
             stage.bind(given, made).run()
             return {k: _stored(t) for k, t in made.items()}

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def measure(
 # ------------------------------------------------------------------------------------------------------------ results
 def text(config: str, found: dict[str, Any]) -> str:
     """One config as tables: what each step adds, and what its passes did."""
-    console = Console(file=(file := io.StringIO()), width=170, markup=False, highlight=False)
+    console = Console(file=(file := io.StringIO()), width=200, markup=False, highlight=False)
     versions, sizes = ", ".join(f"{k} {v}" for k, v in found["versions"].items()), found["sizes"]
     console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
     console.print(
@@ -197,7 +198,7 @@ def text(config: str, found: dict[str, Any]) -> str:
     )
     rows = found["rows"]
     kept = [s for s in (FIRST, DECODE, PAINT) if s in rows[0]["times"]]
-    table = Table("passes", *(h for s in kept for h in (f"{s}, FLOP", "x", "ms", "least", "x all", "x own")))
+    table = Table("passes", *(h for s in kept for h in (f"{s}: FLOP", "x", "ms", "least", "x all", "x own")))
     for i, r in enumerate(rows):
         cells = []
         for s in kept:
@@ -207,12 +208,17 @@ def text(config: str, found: dict[str, Any]) -> str:
             cells += [f"{r['faster'][what][s]:.2f}" if i else "" for what in ("all", "own")]
         table.add_row(f"+ {r['step']}" if i else r["step"], *cells)
     console.print(table)
-    for r in rows[1:]:
-        did = [f"{p['name']} ({p['rewrites']}; {p['checked']})" for p in r["passes"] if p["rewrites"]]
-        console.print(f"{r['step']}: {', '.join(did) or 'no pass applies'}")
+    for before, r in pairwise(rows):
+        new = [p for p in r["passes"] if p["rewrites"] and p not in before["passes"]]
+        console.print(f"+ {r['step']}: {', '.join(did(p) for p in new) or 'no pass applies'}")
+        console.print(*(f"    {checked}" for checked in dict.fromkeys(p["checked"] for p in new)), sep="\n")
     for note in found["notes"]:
         console.print(f"- {note}")
     return file.getvalue()
+
+
+def did(p: dict[str, Any]) -> str:
+    return f"{p['name']} ({p['rewrites']} rewrites)"
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ class DropHiddenRows(Pass):
             made.stages[name] = without(stage, mask)
             made.painting = tuple(self.compact(i, name, mask) for i in made.painting)
             made.schedule = tuple(self.compact(i, name, mask) for i in made.schedule)
-            made.info["flow"]["compact"] = True
+            if any(c.stage == name for c in calls_of(program.painting)):
+                made.info["flow"]["compact"] = True
             report.did(f"{name}: {len(masks)} attentions lose a mask; rows hidden by it are left out of the cache")
         if not report.rewrites and not report.skipped:
             report.skip("program", "no attention on a cache has a mask")
@@ -51,6 +52,8 @@ class DropHiddenRows(Pass):
     def why_not(self, program: Program, name: str, stage: Stage, mask: str) -> str | None:
         """None if one call feeds the prompt, others go on from it, and all that is read of its rows are the caches."""
         calls = [c for c in calls_of(program.painting) if c.stage == name]
+        if program.painting and not calls and mask == "seen":
+            return None  # it paints no images, and texts see all slots
         ahead = [c for c in calls if c.source("past") == "prompt.begin"]
         after = [c for c in calls if c.source("past") == "prompt.past"]
         found = row_inputs(stage)

@@ -90,7 +90,7 @@ class Step:
             self.calls[PAINT] = partial(engine.paint, [ids], solver=plan, noise=noise)
             self.painted = torch.from_numpy(self.calls[PAINT]().latents)
             counted = {"prompt_length": PROMPT, "steps": plan.passes // 2}
-        totals = inspect(self.program, images=1, new_tokens=1, **counted)["totals"]
+        totals = inspect(self.program, batch=1, images=1, new_tokens=1, **counted)["totals"]
         flops = {"encode": totals["encode_flops_per_image"], "prefill": totals["prefill_flops"]}
         flops |= {FIRST: sum(flops.values()), DECODE: totals["decode_flops_per_token"]}
         self.row: dict[str, Any] = {"step": name, "flops": flops | ({PAINT: totals["image_flops"]} if paint else {})}
@@ -115,6 +115,9 @@ def build(
     tell: Callable[[str], None],
 ) -> dict[str, Step]:  # fmt: skip
     """The engines of all steps, compared. ValueError if the place of compression saves too little."""
+    fewer, report = compression(program)
+    if not report.rewrites:
+        raise ValueError(f"nothing is compressed: {'; '.join(report.skipped)}")
     made: dict[str, Step] = {}
     for i, (name, passes) in enumerate(steps_of(program, compression).items()):
         tell(f"building {name}")
@@ -123,9 +126,6 @@ def build(
         if name in (NOTHING, *KINDS):
             step.same(name, [*step.logits, step.painted], [*before.logits, before.painted])
         elif name == COMPRESSION:
-            fewer, report = compression(program)
-            if not report.rewrites:
-                raise ValueError(f"nothing is compressed: {'; '.join(report.skipped)}")
             given = {"prompts": [step.stages.prompt], "pixel_values": torch.from_numpy(step.stages.inputs.pixels)}
             token = torch.tensor([[step.stages.inputs.token] * 2])
             first, second = (fewer(**given, max_new_tokens=n, forced=token)["logits"][0, -1] for n in (1, 2))
@@ -204,7 +204,7 @@ def text(config: str, found: dict[str, Any]) -> str:
         for s in kept:
             t = r["times"][s]
             cells += [number(r["flops"][s]), f"{rows[0]['flops'][s] / r['flops'][s]:.2f}"]
-            cells += [f"{t['median_ms']:.4g}", f"{t['min_ms']:.4g}"]
+            cells += [f"{t[k]:.0f}" if t[k] >= 1000 else f"{t[k]:.4g}" for k in ("median_ms", "min_ms")]
             cells += [f"{r['faster'][what][s]:.2f}" if i else "" for what in ("all", "own")]
         table.add_row(f"+ {r['step']}" if i else r["step"], *cells)
     console.print(table)

@@ -43,10 +43,10 @@ FIRST, LANGUAGE = "first token", "language"
 NOTES = (
     "One image and the text that follows it. encode: the stages of the image. prefill: the language model on the whole "
     "prompt, nothing kept from an earlier one. first token: both, added up within a round.",
-    "language: prefill, and choosing the rows; where they are chosen in the stages of the image, after all else there, "
-    "what these take longer in the same round than with all rows.",
+    "language: prefill, and choosing the rows. Where that is the last thing that the stages of the image do, it takes "
+    "what they take longer than with all rows: the median of the rounds' differences, at least 0.",
     "x: times of the engine with all rows over times; paired: of each round, median (quartiles); minima: of the least "
-    "encode and prefill; FLOPs: counted (`mmopt.inspect`), with those of choosing.",
+    "times; FLOPs: counted (`mmopt.inspect`), with those of choosing.",
 )
 
 
@@ -99,7 +99,7 @@ def build(
             return None, facts | {"refused": "; ".join(result.reports[0].skipped)}
         fewer = result.program
     made = mmopt.optimize(fewer, check=False).program
-    totals = inspect(made, images=1, new_tokens=1)["totals"]
+    totals = inspect(made, batch=1, images=1, new_tokens=1)["totals"]
     facts["flops"] = {"encode": totals["encode_flops_per_image"], "prefill": totals["prefill_flops"]}
     engine = mmopt.Engine(mmopt.export(made, folder, check=False), provider="cpu", threads=threads)
     stages = EngineStages(engine, inputs_of(engine))
@@ -149,7 +149,6 @@ def group(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of results of one place, that with all rows of the image first, and the limits of the machine."""
     last = image_stages(program)[-1]
-    inside = place.split(".")[0] not in image_stages(program) and place != PIXELS
     with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as folder:
         built = {w: build(program, place, w, Path(folder, str(i)), threads) for i, w in enumerate(ways)}
         stages = {w: s for w, (s, _) in built.items() if s is not None}
@@ -163,34 +162,31 @@ def group(
         cpu, kind = torch.device("cpu"), program.info["torch_dtype"]
         times, limits = in_rounds(calls, rounds, cpu, kind, threads, partial(tell, f"{place}:"), lambda _: REPEATS)
     taken = {w: [np.array([min(r) for r in times[name, w]]) for name in ("encode", "prefill")] for w in stages}
-    base, counted = taken[ways[0]], built[ways[0]][1]["flops"].values()
-    add = partial(parts_of, before=place == last, inside=inside)
+    base, counted = taken[ways[0]], [*built[ways[0]][1]["flops"].values()]
+    language = place == last or place.split(".")[0] not in (PIXELS, *image_stages(program))
     for w, own in taken.items():
-        facts, parts, wholes = built[w][1], add(own, base), add(base, base)
-        flops = [{k: sum(x) for k, x in add([*f], [*counted]).items()} for f in (counted, facts["flops"].values())]
-        facts["times"] = {k: spread(sum(x).tolist()) for k, x in parts.items()}
-        facts["faster"] = {k: faster(wholes[k], x) | {"flops": flops[0][k] / flops[1][k]} for k, x in parts.items()}
+        facts, flops = built[w][1], [*built[w][1]["flops"].values()]
+        choosing = [0.0, 0.0]  # seconds, FLOPs; within the language model they are in prefill
+        if place == last:
+            choosing = [max(0.0, float(np.median(own[0] - base[0]))), max(0.0, flops[0] - counted[0])]
+            facts["choosing_ms"] = 1e3 * choosing[0]
+        took, work = sums(*own, choosing[0], language), sums(*flops, choosing[1], language)
+        whole, all_work = sums(*base, 0.0, language), sums(*counted, 0.0, language)
+        facts["times"] = {k: spread(x.tolist()) for k, x in took.items()}
+        facts["faster"] = {k: faster(whole[k], x) | {"flops": all_work[k] / work[k]} for k, x in took.items()}
     return [facts for _, facts in built.values()], summary(limits)
 
 
-def parts_of(own: Sequence[Any], base: Sequence[Any], before: bool, inside: bool) -> dict[str, list[Any]]:
-    """What is added up for each figure, from (encode, prefill) of an engine and of that with all rows.
-
-    before: rows are chosen right before the language model; inside: within it.
-    """
-    (encode, prefill), (encode_all, _) = own, base
-    made = {"encode": [encode], "prefill": [prefill], FIRST: [encode, prefill]}
-    if before:
-        made[LANGUAGE] = [prefill, encode, -encode_all]
-    elif inside:
-        made[LANGUAGE] = [prefill]
-    return made
+def sums(encode: Any, prefill: Any, choosing: float, language: bool) -> dict[str, Any]:
+    """What is looked at, of times or of FLOPs. language: rows are chosen right before the language model or in it."""
+    made = {"encode": encode, "prefill": prefill, FIRST: encode + prefill}
+    return made | {LANGUAGE: prefill + choosing} if language else made
 
 
-def faster(base: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> dict[str, float]:
-    low, middle, high = np.quantile(sum(base) / sum(own), [0.25, 0.5, 0.75]).tolist()
-    least = [sum(x.min() if x.min() > 0 else x.max() for x in parts) for parts in (base, own)]  # what is taken away < 0
-    return {"minima": float(least[0] / least[1]), "paired_p25": low, "paired_median": middle, "paired_p75": high}
+def faster(base: np.ndarray, own: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(base / own, [0.25, 0.5, 0.75]).tolist()
+    minima = float(base.min() / own.min())
+    return {"minima": minima, "paired_p25": low, "paired_median": middle, "paired_p75": high}
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -204,14 +200,15 @@ def text(config: str, found: dict[str, Any]) -> str:
         f"its marker, {sizes['text']} rows of text; {sizes['rounds']} interleaved rounds; ms"
     )
     heads = ("place", "method", "rows", "FLOP", "encode", "prefill", FIRST, "least", "x paired", "minima", "FLOPs")
-    table = Table(*heads, LANGUAGE, "x paired", "minima", "FLOPs")
+    table = Table(*heads, "choosing", LANGUAGE, "x paired", "minima", "FLOPs")
     for r, after in zip(found["rows"], [*found["rows"][1:], {"place": None}], strict=True):
         if "times" not in r:
             continue
         ms = {k: f"{t['median_ms']:.1f}" for k, t in r["times"].items()}
         wide = "{median_ms:.1f} ({p25_ms:.1f}-{p75_ms:.1f})".format(**r["times"][FIRST])
         cells = [number(sum(r["flops"].values())), ms["encode"], ms["prefill"], wide]
-        cells += [f"{r['times'][FIRST]['min_ms']:.1f}", *ratios(r, FIRST), ms.get(LANGUAGE, ""), *ratios(r, LANGUAGE)]
+        cells += [f"{r['times'][FIRST]['min_ms']:.1f}", *ratios(r, FIRST)]
+        cells += [f"{r['choosing_ms']:.1f}" if "choosing_ms" in r else "", ms.get(LANGUAGE, ""), *ratios(r, LANGUAGE)]
         own = [r["place"], r["method"], f"{r['kept']}/{r['rows']}"]
         table.add_row(*own, *cells, end_section=after["place"] != r["place"])
     console.print(table)

@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/mypy mmopt passes exporters
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

@@ -336,7 +336,7 @@ class Engine:
         limit = request.max_new_tokens or max(1, min(self.info["context"], most) - rows + 1)
         with _engine_errors():
             plan([ids], self.info, limit)
-        if rows + limit - 1 > most:
+        if "positions" in self.info and rows + limit - 1 > most:
             raise EngineError(
                 f"the prompt with its prefix reaches position {rows + limit - 1 + gone}, rows of images that were left "
                 f"out counted, but the model has {self.info['positions']}"

@@ -49,3 +49,24 @@ def snapshot():
         assert text + "\n" == path.read_text()
 
     return check
+
+
+LONG = (  # of official sizes, or the same again in other words: MMOPT_LONG_TESTS=1 runs them too
+    "test_work_of_the_official_sizes[4b",
+    "test_work_of_the_official_sizes[9b",
+    "test_work_grows_with_the_images_before_the_passes_alone",
+    "test_the_official_size_is_optimized_in_time",
+    "test_shipped_configs_can_be_traced[janusflow-1.3b]",
+    "test_a_changed_mask_is_not_ok[at1]",
+    "test_a_changed_mask_is_not_ok[at2]",
+    "test_training_depends_on_the_seed_alone",
+)
+
+
+def pytest_collection_modifyitems(items):
+    import os
+
+    if not os.environ.get("MMOPT_LONG_TESTS"):
+        for item in items:
+            if any(name in item.nodeid for name in LONG):
+                item.add_marker(pytest.mark.skip(reason="takes long; MMOPT_LONG_TESTS=1 runs it"))

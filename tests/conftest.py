@@ -64,8 +64,6 @@ LONG = (  # of official sizes, or the same again in other words: MMOPT_LONG_TEST
 
 
 def pytest_collection_modifyitems(items):
-    import os
-
     if not os.environ.get("MMOPT_LONG_TESTS"):
         for item in items:
             if any(name in item.nodeid for name in LONG):

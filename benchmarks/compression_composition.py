@@ -10,7 +10,6 @@ Program gives; those with fewer rows must give what their Program gives in torch
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression_speed import CONFIGS, inputs_of, places_of, write
+from compression_speed import CONFIGS, headed, inputs_of, places_of, write
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
-from rich.console import Console
 from rich.table import Table
 
 import mmopt
@@ -188,9 +186,7 @@ def measure(
 # ------------------------------------------------------------------------------------------------------------ results
 def text(config: str, found: dict[str, Any]) -> str:
     """One config as tables: what each step adds, and what its passes did."""
-    console = Console(file=(file := io.StringIO()), width=200, markup=False, highlight=False)
-    versions, sizes = ", ".join(f"{k} {v}" for k, v in found["versions"].items()), found["sizes"]
-    console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
+    console, sizes = headed(config, found), found["sizes"]
     console.print(
         f"{sizes['parameters'] / 1e6:.1f} M parameters; compression: "
         + "{keep:.3g} of the rows of an image at {place}, by {method}".format(**found["compression"])
@@ -214,7 +210,7 @@ def text(config: str, found: dict[str, Any]) -> str:
         console.print(*(f"    {checked}" for checked in dict.fromkeys(p["checked"] for p in new)), sep="\n")
     for note in found["notes"]:
         console.print(f"- {note}")
-    return file.getvalue()
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def did(p: dict[str, Any]) -> str:

@@ -190,11 +190,17 @@ def faster(base: np.ndarray, own: np.ndarray) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------ results
+def headed(config: str, found: dict[str, Any]) -> Console:
+    """A console that writes to a text, which begins with what a figure is worth nothing without."""
+    console = Console(file=io.StringIO(), width=200, markup=False, highlight=False)
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
+    return console
+
+
 def text(config: str, found: dict[str, Any]) -> str:
     """One config as a table."""
-    console = Console(file=(file := io.StringIO()), width=200, markup=False, highlight=False)
-    versions, sizes = ", ".join(f"{k} {v}" for k, v in found["versions"].items()), found["sizes"]
-    console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
+    console, sizes = headed(config, found), found["sizes"]
     console.print(
         f"{sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows_per_image']} rows of the image among the text or "
         f"its marker, {sizes['text']} rows of text; {sizes['rounds']} interleaved rounds; ms"
@@ -220,7 +226,7 @@ def text(config: str, found: dict[str, Any]) -> str:
     console.print(f"products of matrices in the same rounds: {rate:.0f} GFLOP/s at best")
     for note in found["notes"]:
         console.print(f"- {note}")
-    return file.getvalue()
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def ratios(row: dict[str, Any], name: str) -> tuple[str, str, str]:

@@ -97,10 +97,11 @@ class DecodeStep:
             self._bind()
         self._ids.write(np.array(ids, np.int64)[:, None])
         self._past.write(past)
-        images = self._cache.images[: self._lanes]
-        for k, value in told_of_images(images, images, self._decoder.info).items():
-            if k in self._told:
-                self._told[k].write(value)
+        if self._told:
+            images = self._cache.images[: self._lanes]
+            values = told_of_images(images, images, self._decoder.info)
+            for k, told in self._told.items():
+                told.write(values[k])
         self._embed.run()
         for b in self._bound:
             b.run()

@@ -234,8 +234,7 @@ class Narrower:
             if mask is not None or (causal and (asks is None or asks.new is None)):
                 raise RefusedError(f"{n.name} has a mask of its own over these rows")
             if reads.sizes is not None:
-                rest = args[6:] if len(args) > 6 else ()
-                args = (*args[:5], self.weight_of_sizes(args[1], reads), *rest)
+                args = (*args[:5], self.weight_of_sizes(args[1], reads), *args[6:])
         elif reads is None and 2 in held:
             raise RefusedError(f"{n.name}: its keys and values are other rows")
         if asks is not None and reads is not None and asks.same(reads):

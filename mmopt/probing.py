@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from mmopt.engine import Engine
-from mmopt.inspection import inspect
 from mmopt.program import Program
 from mmopt.searched import Candidate
 from mmopt.store import Store
@@ -34,14 +33,10 @@ def chosen(score: Score, ids: Sequence[str]) -> Score:
 
 
 def flops(program: Program, beside: Program | None = None) -> float:
-    """FLOPs of encoding the images of a typical prompt and of reading it: up to the first new token of a sample.
+    """`cost` with as many images as the program was made for."""
+    from mmopt.passes.compress_visual_tokens import cost
 
-    beside: a program whose prompt has as much text, however few rows its images take.
-    """
-    info = program.info
-    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * info["images"] if beside else 0
-    found = inspect(program, batch=1, new_tokens=1, context=info["context"] - fewer)["totals"]
-    return float(found.get("encode_flops_per_image", 0) * program.info["images"] + found["prefill_flops"])
+    return cost(program, beside, program.info["images"])
 
 
 def compressed(program: Program, candidate: Candidate) -> Program | str:

@@ -116,15 +116,15 @@ def find_places(program: Program) -> list[Place]:
     return [*image_places(program), *inside_places(program)]
 
 
-def cost(program: Program, beside: Program | None = None) -> float:
-    """FLOPs of one image and of its prompt: up to the first new token of a sample.
+def cost(program: Program, beside: Program | None = None, images: int = 1) -> float:
+    """FLOPs of the images of a typical prompt and of reading it: up to the first new token of a sample.
 
     beside: a program whose prompt has as much text, however few rows its images take.
     """
     info = program.info
-    fewer = beside.info["rows_per_image"] - info["rows_per_image"] if beside else 0
-    found = inspect(program, batch=1, images=1, new_tokens=1, context=info["context"] - fewer)["totals"]
-    return found["encode_flops_per_image"] + found["prefill_flops"]
+    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * images if beside else 0
+    found = inspect(program, batch=1, images=images, new_tokens=1, context=info["context"] - fewer)["totals"]
+    return float(found.get("encode_flops_per_image", 0) * images + found["prefill_flops"])
 
 
 def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:

@@ -28,6 +28,7 @@ from compressed import (
 )  # fmt: skip
 from mmopt.exporters.onnx import export
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
+from test_engine import failing_prefill
 from test_engine_cross import letters, picture
 
 from mmopt import planning
@@ -261,16 +262,8 @@ def test_chat(engine, kind, monkeypatch):
     options = {"max_new_tokens": 3, "logprobs": True}
     equal(chat.send("ab", shown[:1], **options), asked(shown[:1]))
     before = chat.messages
-    prefill = Decoder.prefill
-
-    def fail(*args):
-        prefill(*args)
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as m:
-        m.setattr(Decoder, "prefill", fail)
-        with pytest.raises(RuntimeError, match="memory"):
-            chat.send("never", shown[3:], **options)
+    with failing_prefill(monkeypatch), pytest.raises(RuntimeError, match="memory"):
+        chat.send("never", shown[3:], **options)
     assert chat.messages == before
     equal(chat.send("c", shown[1:3], **options), asked(shown[:3]))
     equal(chat.send("de", **options), asked(shown[:3]))

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -525,14 +526,9 @@ def test_streaming_and_cancelling_in_a_chat(directories, traced, tmp_path):
         list(stale)
 
 
-def test_a_failing_turn_leaves_the_chat_as_it_was(engine, monkeypatch):
-    chat = engine.chat()
-    chat.send("a", max_new_tokens=3)
-    before = list(chat.messages)
-    with pytest.raises(EngineError, match="cache holds"):
-        chat.send("far too long " * 20)
-    with pytest.raises(EngineError, match=r"no/such.png"):
-        chat.send("a", ["no/such.png"])
+@contextmanager
+def failing_prefill(monkeypatch):
+    """A prompt is read into the caches, and then memory is out."""
     prefill = Decoder.prefill
 
     def fail(*args):
@@ -541,8 +537,19 @@ def test_a_failing_turn_leaves_the_chat_as_it_was(engine, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(Decoder, "prefill", fail)
-        with pytest.raises(RuntimeError, match="memory"):
-            chat.send("bb", max_new_tokens=3)
+        yield
+
+
+def test_a_failing_turn_leaves_the_chat_as_it_was(engine, monkeypatch):
+    chat = engine.chat()
+    chat.send("a", max_new_tokens=3)
+    before = list(chat.messages)
+    with pytest.raises(EngineError, match="cache holds"):
+        chat.send("far too long " * 20)
+    with pytest.raises(EngineError, match=r"no/such.png"):
+        chat.send("a", ["no/such.png"])
+    with failing_prefill(monkeypatch), pytest.raises(RuntimeError, match="memory"):
+        chat.send("bb", max_new_tokens=3)
     assert chat.messages == before
     said = chat.send("c", max_new_tokens=3)
     assert said.ids == engine.generate(chat.messages[:-1], max_new_tokens=3).ids

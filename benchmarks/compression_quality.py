@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from compression_report import BASELINES, BLIND, FULL, PIXELS, RESIZE, plot, text
+from compression_report import BASELINES, BLIND, FULL, PIXELS, RESIZE, TOGETHER, plot, text
 from yardsticks import YARDSTICKS, blind, engine_of, first
 
 import mmopt
@@ -76,7 +76,9 @@ class Results:
     """What was measured, in memory and in a file. ValueError if the file holds answers to other questions."""
 
     def __init__(self, facts: dict[str, Any], tasks: Mapping[str, Task], path: Path | None):
-        self.path, self.tasks = path, tasks
+        self.path, self.tasks = path, dict(tasks)
+        if len(tasks) > 1:
+            self.tasks[TOGETHER] = Task(TOGETHER, [s for t in tasks.values() for s in t.samples])
         self.found: dict[str, Any] = facts | {"samples": {n: digest(t) for n, t in tasks.items()}, "rows": []}
         if path and path.exists():
             old = json.loads(path.read_text())
@@ -98,18 +100,35 @@ class Results:
 
     def save(self) -> None:
         for row in self.found["rows"]:
+            self.sum_up(row)
+        for row in self.found["rows"]:
             self.compare(row)
         if self.path:
             temporary = self.path.with_name(self.path.name + ".tmp")
             temporary.write_text(json.dumps(self.found, indent=1) + "\n")
             temporary.replace(self.path)
 
+    def sum_up(self, row: dict[str, Any]) -> None:
+        """Add the questions of all tasks as one, where a row has them all."""
+        own = [row.get("tasks", {}).get(name) for name in self.tasks if name != TOGETHER]
+        if TOGETHER in self.tasks and all(own) and TOGETHER not in row["tasks"]:
+            right = "".join(o["right"] for o in own)
+            s = self.score(TOGETHER, right)
+            seconds = sum(o["seconds"] for o in own)
+            row["tasks"][TOGETHER] = {
+                "mean": s.mean,
+                "interval": s.interval,
+                "seconds": seconds,
+                "right": right,
+                "over": {},
+            }
+
     def compare(self, row: dict[str, Any]) -> None:
         """Add the paired differences to those baselines that are there by now."""
         for baseline, (name, own) in product(BASELINES, row.get("tasks", {}).items()):
             place = {FULL: "", RESIZE: PIXELS}.get(baseline, row["place"])
             other = self.row(Way(place, baseline, 1.0 if baseline == FULL else row["keep"])) or row
-            if other is row or "tasks" not in other or baseline in own["over"] or row["method"] == BLIND:
+            if other is row or name not in other.get("tasks", {}) or baseline in own["over"] or row["method"] == BLIND:
                 continue
             d = mmopt.paired(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
             own["over"][baseline] = vars(d) | {"interval": list(d.interval)}
@@ -192,6 +211,7 @@ def measure_all(program: mmopt.Program, results: Results, listed: Sequence[Way],
         made, told = program_of(program, way, positions)
         return (None if made is None else engine_of(made, Path(folder, str(len(engines))))), told
 
+    tasks = {name: t for name, t in results.tasks.items() if name != TOGETHER}
     engines: dict[Way, mmopt.Engine] = {}
     with tempfile.TemporaryDirectory() as folder:
         for way in [Way("", FULL, 1.0), Way("", BLIND, 1.0), *listed]:
@@ -203,7 +223,7 @@ def measure_all(program: mmopt.Program, results: Results, listed: Sequence[Way],
                     row: dict[str, Any] = {"refused": told}
                 else:
                     grey = (lambda t: blind(program, t)) if way.method == BLIND else (lambda t: t)
-                    engines[way], row = made, {"did": told, "tasks": scored(made, results.tasks, grey)}
+                    engines[way], row = made, {"did": told, "tasks": scored(made, tasks, grey)}
             except Exception as e:  # the other rows are to be measured
                 row = {"failed": f"{type(e).__name__}: {e}"}
             results.put(way, row)
@@ -220,7 +240,7 @@ def measure_all(program: mmopt.Program, results: Results, listed: Sequence[Way],
                         raise ValueError(f"{results.path}: has {way}, now refused ({told}): name another file")
                     engines[way] = made
             ordered = [engines[Way(r["place"], r["method"], r["keep"])] for r in timed]
-            add_times(timed, ordered, results.tasks, rounds)
+            add_times(timed, ordered, tasks, rounds)
             results.save()
 
 

@@ -186,6 +186,36 @@ def test_differences_are_those_of_the_same_place_and_share(few):
     assert {k: (d["wins"], d["losses"]) for k, d in over.items()} == {"random": (3, 1), "resize": (0, 3)}
 
 
+def test_questions_of_all_tasks_are_compared_together(few):
+    made = results(few)
+
+    def put(way, *rights):
+        own = [{"mean": r.count("1") / 12, "interval": [0, 1], "seconds": 1, "right": r, "over": {}} for r in rights]
+        made.put(way, {"tasks": dict(zip(few, own, strict=True))})
+
+    put(RANDOM, "1" * 12, "0" * 12)
+    put(Way("vision", "diverse", 0.5), "1" * 11 + "0", "1" * 6 + "0" * 6)
+    own = made.row(Way("vision", "diverse", 0.5))["tasks"][report.TOGETHER]
+    assert (own["mean"], own["seconds"]) == (17 / 24, 2)
+    assert own["over"]["random"]["mean"] == pytest.approx(5 / 24)
+    assert (own["over"]["random"]["wins"], own["over"]["random"]["losses"]) == (6, 1)
+    assert made.found["samples"].keys() == few.keys()
+    assert f"{report.TOGETHER}: 24 samples" in report.text(made.found)
+
+
+def test_best_are_right_more_often_or_faster():
+    made = {"slow": (1.0, 0.9), "beaten": (1.1, 0.8), "as fast": (1.5, 0.7), "fast": (1.5, 0.85), "alike": (1.5, 0.85)}
+    rows = [
+        {"method": k, "times": {"t": {"faster": {"median": x}}}, "tasks": {"t": {"mean": y}}}
+        for k, (x, y) in made.items()
+    ]
+    assert [r["method"] for r in report.frontier([*rows, {"tasks": {"t": {"mean": 1}}}], "t")] == [
+        "slow",
+        "fast",
+        "alike",
+    ]
+
+
 def test_turns_are_paired_and_the_first_call_changes():
     calls: list[int] = []
     taken = quality.in_turns([lambda i=i: calls.append(i) for i in range(3)], 2)

@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/mypy mmopt passes exporters
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

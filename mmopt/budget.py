@@ -135,6 +135,8 @@ def search_quality(
     exact = default_passes() if passes is None else list(passes)
     if budget.flow is not None and not program.painting:
         raise ValueError(f"a budget of drift is for programs that paint; {program.info['family']} paints no images")
+    if budget.flow is not None and not prompts:
+        raise ValueError("a budget of drift needs prompts of the form that will be painted, found none")
 
     def tell(text: str) -> None:
         for observer in observers:

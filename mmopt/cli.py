@@ -231,6 +231,14 @@ def optimize(
     trials: Annotated[Optional[int], typer.Option(help="Plans to measure. [default: 30]", min=1)] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of the search. [default: 0]", min=0)] = None,
     store: Annotated[Optional[Path], typer.Option(help="Keep the trials in this file, to go on from there.")] = None,
+    drift: Annotated[
+        Optional[float],
+        typer.Option(help="Paint in the fewest steps whose latents drift by so much of their size, in the mean."),
+    ] = None,
+    prompts: Annotated[
+        Optional[Path],
+        typer.Option(help="For --drift: a text file of prompts like those to be painted, one in a line."),
+    ] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw quality over cost to this PNG file.")] = None,
     plan_out: Annotated[Optional[Path], typer.Option("--plan-out", help="Write the plan found to this file.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the optimized graphs as text to this file.")] = None,
@@ -242,45 +250,57 @@ def optimize(
     given: dict[str, Any] = {"drop": drop, "limit": limit, "trials": trials, "seed": seed, "store": store}
     given = {k: v for k, v in given.items() if v is not None}
     written = {"--plot": plot, "--plan-out": plan_out}
-    alone = [f"--{k}" for k in given] + [k for k, v in written.items() if v is not None]
+    alone = [f"--{k}" for k in given] + ["--plot"] * (plot is not None)
     if quality is None and alone:
         raise ValueError(f"{', '.join(alone)}: only for a search, with --quality")
-    if quality is not None and plan is not None:
-        raise ValueError("--quality searches for a plan and --plan gives one: give one of them")
+    if (drift is None) != (prompts is None):
+        raise ValueError("--drift and --prompts belong together: give both or neither")
+    if quality is None and drift is None and plan_out is not None:
+        raise ValueError("--plan-out: only for a search, with --quality or --drift")
+    if plan is not None and (quality is not None or drift is not None):
+        raise ValueError("--quality and --drift search for a plan and --plan gives one: give one of them")
     if plot is not None:
         from mmopt.report import png_figure
 
         png_figure(plot, (1, 1))  # before the search, not after it
     steps = read_steps(plan)
+    if prompts is not None:
+        from mmopt.flow_schedule import read_prompts
+
+        texts = read_prompts(prompts)
     for option, path in written.items():
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} {path}: there is no such directory")
     with progress("optimizing") as now:
-        budget = None
+        flow = None if drift is None else mmopt.Drift(mean=drift)
+        budget: Any = flow
         if quality is not None:
             from mmopt.budget import Quality
 
-            budget = Quality(mmopt.Task.load(quality), **given)
+            budget = Quality(mmopt.Task.load(quality), flow=flow, **given)
             images = max(images, *(len(s.images) for s in budget.task.samples))
         now("tracing")
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more))
         program = mmopt.trace(model, batch, images, context)
-        result = optimized(program, steps, budget, check=check, observers=[lambda name, report: now(name)])
+        options: dict[str, Any] = {"check": check, "observers": [lambda name, report: now(name)]}
+        if drift is not None:
+            options["prompts"] = texts
+        result = optimized(program, steps, budget, **options)
     if out is not None:
         temporary = out.with_name(out.name + ".tmp")
         temporary.write_text(str(result.program) + "\n")
         temporary.rename(out)
     facts: dict[str, Any] = {"reports": [vars(r) for r in result.reports]}
     text = str(result)
-    if budget is not None:
+    if quality is not None:
         search = result.search
         facts, text = facts | {"search": search.to_json()}, f"{text}\n{search.text()}"
         if plot is not None:
             search.plot(plot)
-        if plan_out is not None:
-            from mmopt.plans import save_plan
+    if plan_out is not None:
+        from mmopt.plans import save_plan
 
-            save_plan(result.program.info["plan"], plan_out)
+        save_plan(result.program.info["plan"], plan_out)
     show(facts, text, as_json)
 
 
@@ -345,6 +365,8 @@ def export(
 
     if checkpoint is None:
         raise ValueError("give a checkpoint")
+    if fit is None and (fit_steps or polish):
+        raise ValueError("--fit-steps and --polish: only with --fit, a file of prompts")
     steps = read_steps(plan)
     with progress("exporting") as now:
         now("tracing")

@@ -122,12 +122,7 @@ def keep_fits(
 
     if not program.painting:
         raise ValueError(f"plans are fitted to programs that paint; {program.info['family']} paints no images")
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not a readable text file: {e}") from e
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompts, expected one in each line")
+    prompts = read_prompts(path)
     fits = []
     for n in steps:
         tell(n)
@@ -139,6 +134,17 @@ def keep_fits(
     held_out = [(f.plan, f.errors[f.plan.name if f.plan.name in f.errors else "polished"]["held_out"]) for f in fits]
     report.checked = "drift: " + ", ".join(f"{e['mean']:.3g} with {p.evaluations} steps" for p, e in held_out)
     return made, report
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a file, one in each line. Raises ValueError that names the file."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a readable text file: {e}") from e
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts, expected one in each line")
+    return prompts
 
 
 def ids_of(program: Program, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:

@@ -117,6 +117,7 @@ def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]
     from mmopt.flow_frontier import frontier_text
     from mmopt.flow_schedule import reduce_to_budget
     from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
+    from mmopt.plans import flow_steps, make_plan, with_plan
 
     if not result.program.painting:
         raise ValueError(
@@ -127,6 +128,7 @@ def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]
     made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)
     report.checked = f"drift: mean {choice.row.mean:.3g}, p90 {choice.row.p90:.3g}; {choice.reason}"
     report.did(frontier_text(rows).rstrip())
+    made = with_plan(made, make_plan([flow_steps(made)], budget={"drift": str(budget)}, measured=report.checked))
     return Result(made, [*result.reports, report])
 
 

@@ -555,6 +555,8 @@ def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy paints no images"):
         world.search(flow=drift)
     world.program = dataclasses.replace(world.program, painting=(Call("paint"),))
+    with pytest.raises(ValueError, match="a budget of drift needs prompts"):
+        world.search(flow=drift)
     result = search_quality(world.program, world.budget(flow=drift, trials=3), [], prompts=["a cat"])
     plan = json.loads(json.dumps(result.program.info["plan"]))
     assert [s["name"] for s in plan["passes"]] == ["compress_visual_tokens", "reduce_flow_steps"]
@@ -654,6 +656,11 @@ def test_wrong_use_of_the_command_line(task, tmp_path, capsys):
     for arguments, message in (
         (["--drop", "0.1", "--plot", "a.png"], "--drop, --plot: only for a search, with --quality"),
         (["--quality", task, "--plan", "x"], "give one of them"),
+        (["--drift", "0.1"], "--drift and --prompts belong together"),
+        (["--prompts", task, "--quality", task], "--drift and --prompts belong together"),
+        (["--drift", "0.1", "--prompts", tmp_path / "none.txt"], "none.txt: not a readable text file"),
+        (["--drift", "0", "--prompts", task], "drift mean is 0.0, expected a finite number above 0"),
+        (["--plan-out", "x"], "--plan-out: only for a search, with --quality or --drift"),
         (["--quality", task, "--plot", "a.jpg"], "expected the name of a PNG file"),
         (["--quality", task, "--plan-out", tmp_path / "none" / "x"], "there is no such directory"),
         (["--plan", tmp_path / "none.json"], "none.json"),
@@ -661,3 +668,5 @@ def test_wrong_use_of_the_command_line(task, tmp_path, capsys):
         code, _, err = run_cli([*given, *arguments], capsys)
         assert code == 2
         assert message in err
+    code, _, err = run_cli(["export", given[1], tmp_path / "engine", "--polish", "3"], capsys)
+    assert (code, "--fit-steps and --polish: only with --fit" in err) == (2, True)

@@ -4,6 +4,7 @@ cases of other sizes, and changed or broken recordings that must be seen."""
 import json
 import shutil
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,30 @@ COUNTS = {"model": 63, "program": 51, "optimized": 49, "engine": 49}
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
 
+@pytest.fixture(scope="module", autouse=True)
+def made_once():
+    """Most tests change a recording alone: Programs and engines of the checkpoint are made once for each size."""
+    made = {}
+
+    def once(name, real):
+        def of(line):
+            if line.model.directory is None or Path(line.model.directory) != RECORDED:
+                return real(line)
+            line.stack = stack  # directories of engines stay until the last test
+            key = name, line.model.dtype, line.batch, line.images, line.context
+            made[key] = made[key] if key in made else real(line)
+            return made[key]
+
+        return of
+
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name in ("_program", "_optimized", "_engine"):
+            patch.setattr(cases.Line, name, once(name, getattr(cases.Line, name)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def result():
+def result(made_once):
     return replay(RECORDED, FILES)
 
 

@@ -9,15 +9,19 @@ import pytest
 import torch
 from mmopt.exporters.onnx import export
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
+from typer.testing import CliRunner
 
+import mmopt
 from mmopt import flow_schedule
 from mmopt.checkpoint import load
+from mmopt.cli import app
 from mmopt.engine import Engine
 from mmopt.flow_frontier import Drift
 from mmopt.flow_polish import Polished
 from mmopt.flow_schedule import fit_flow_schedule, ids_of, keep_fits, reduce_to_budget
 from mmopt.painting import choose_plan
 from mmopt.pipeline import default_passes, optimize
+from mmopt.plans import apply_plan, read_plan
 from mmopt.solvers import make_plan
 from mmopt.tracing import trace
 
@@ -121,6 +125,26 @@ def test_optimize_takes_a_budget():
     assert result.reports[-1].name == "reduce_flow_steps"
     assert "keeps drift mean 0.02" in result.reports[-1].checked
     assert result.program.info["flow"]["plan"]["times"]
+    again = apply_plan(toy.program(), result.program.info["plan"], check=False).program
+    assert again.info["flow"] == result.program.info["flow"]
+
+
+def test_a_budget_on_the_command_line(tmp_path, monkeypatch):
+    texts, plan = tmp_path / "prompts.txt", tmp_path / "plan.json"
+    texts.write_text("a cat\n\n a dog\n")
+    found, asked = flow_schedule.reduce_to_budget, []
+
+    def quick(program, prompts, budget):
+        asked.append((prompts, budget))
+        return found(program, PROMPTS, budget, steps=[4], samples=4, fine=40)
+
+    monkeypatch.setattr(flow_schedule, "reduce_to_budget", quick)
+    monkeypatch.setattr(mmopt, "trace", lambda model, *sizes: toy.program())
+    given = ["optimize", "--config", "janusflow-tiny", "--no-check", "--drift", "0.5", "--prompts", str(texts)]
+    said = CliRunner().invoke(app, [*given, "--plan-out", str(plan)])
+    assert said.exit_code == 0, said.output
+    assert asked == [(["a cat", "a dog"], Drift(mean=0.5))]
+    assert [s["name"] for s in read_plan(plan)["passes"]] == ["reduce_flow_steps"]
 
 
 # --------------------------------------------------------------------------------------------------------------- texts

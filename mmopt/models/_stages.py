@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +12,30 @@ from torch import Tensor, nn
 from mmopt import ops
 
 
-class Part(nn.Module):
-    """A stage that is one function of the model."""
+def only(model: nn.Module, *paths: str) -> nn.Module:
+    """The model with none of its submodules but those at `paths`, by the same names: tracing takes time for all it has.
 
-    def __init__(self, model: nn.Module, run: Callable):
+    Both share their weights. Stages that have both names of a shared weight call it the same. Raises AttributeError for
+    a path that does not exist.
+    """
+    inner: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        name, _, rest = path.partition(".")
+        getattr(model, name)
+        inner[name].append(rest)
+    made = copy.copy(model)
+    made._modules = {
+        k: m if "" in inner[k] or m is None else only(m, *inner[k]) for k, m in model._modules.items() if k in inner
+    }
+    return made
+
+
+class Part(nn.Module):
+    """A stage that is one function of the model, of its submodules at `paths`."""
+
+    def __init__(self, model: nn.Module, run: Callable, *paths: str):
         super().__init__()
-        self.root, self.run = model, run
+        self.root, self.run = only(model, *paths), run
 
     def forward(self, *args: Tensor) -> Any:
         return self.run(self.root, *args)

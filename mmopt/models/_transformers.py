@@ -285,6 +285,6 @@ def text_stages(
     ids: Inputs = {"ids": TensorSpec(("B", "nt"), torch.int64)}
     outputs = ["logits", "past", "key_cache", "value_cache"]
     return {
-        "embed": StageSpec(Part(model, embed), ids, ["text"]),
+        "embed": StageSpec(Part(model, embed, *dict(model.named_children())), ids, ["text"]),
         "language_model": StageSpec((WithSees if sees else WithSight)(model, capacity), inputs, outputs),
     }

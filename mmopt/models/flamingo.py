@@ -19,7 +19,7 @@ from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._decoders import ACTIVATIONS, Decoder
 from mmopt.models._flamingo_cases import cases
 from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
-from mmopt.models._stages import Part
+from mmopt.models._stages import Part, only
 
 
 @dataclass(frozen=True)
@@ -361,16 +361,18 @@ def stages(model: Flamingo, capacity: int) -> dict[str, StageSpec]:
     vision_rows = TensorSpec(("N", "F", v.grid**2, v.width), dtype)
     return {
         "encode_vision": StageSpec(
-            Part(model, lambda m, x: m.encode_frames(x)), {"pixel_values": pixels}, ["vision_rows"]
+            Part(model, lambda m, x: m.encode_frames(x), "vision_encoder"), {"pixel_values": pixels}, ["vision_rows"]
         ),
-        "resample": StageSpec(Part(model, lambda m, x: m.resample(x)), {"vision_rows": vision_rows}, ["image_rows"]),
+        "resample": StageSpec(
+            Part(model, lambda m, x: m.resample(x), "perceiver"), {"vision_rows": vision_rows}, ["image_rows"]
+        ),
         "embed": StageSpec(
-            Part(model, lambda m, x: m.lang_encoder.embedding(x)),
+            Part(model, lambda m, x: m.lang_encoder.embedding(x), "lang_encoder"),
             {"ids": TensorSpec(("B", "nt"), torch.int64)},
             ["text"],
         ),
         "language_model": StageSpec(
-            LanguageModel(model),
+            LanguageModel(only(model, "lang_encoder")),
             {
                 "text": TensorSpec(("B", "nt", c.hidden_size), dtype),
                 "media": TensorSpec(("B", "nb", n, v.width), dtype),

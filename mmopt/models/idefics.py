@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmopt import ops
 from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
-from mmopt.models._stages import Part
+from mmopt.models._stages import Part, only
 from mmopt.models._transformers import (
     RECORDED,
     Adopted,
@@ -209,12 +209,21 @@ def stages(model: Idefics, capacity: int) -> dict[str, StageSpec]:
     if c.library.use_resampler:
         rows: Inputs = {"vision_rows": TensorSpec(("N", c.vision_rows, v.embed_dim), dtype)}
         encode = {
-            "encode_vision": StageSpec(Part(model, lambda m, x: m.model.vision_model(x)), pixels, ["vision_rows"]),
-            "resample": StageSpec(Part(model, lambda m, x: m.resample(x)), rows, ["image_rows"]),
+            "encode_vision": StageSpec(
+                Part(model, lambda m, x: m.model.vision_model(x), "model.vision_model"), pixels, ["vision_rows"]
+            ),
+            "resample": StageSpec(
+                Part(model, lambda m, x: m.resample(x), "model.perceiver_resampler"), rows, ["image_rows"]
+            ),
         }
     else:
-        encode = {"encode_vision": StageSpec(Part(model, lambda m, x: m.encode_images(x)), pixels, ["image_rows"])}
-    return encode | text_stages(model, lambda m, ids: m.model.embed_tokens(ids), c.cross, capacity, dtype)
+        encode = {
+            "encode_vision": StageSpec(
+                Part(model, lambda m, x: m.encode_images(x), "model.vision_model"), pixels, ["image_rows"]
+            )
+        }
+    text = only(model, "model.embed_tokens", "model.layers", "model.gated_cross_attn_layers", "model.norm", "lm_head")
+    return encode | text_stages(text, lambda m, ids: m.model.embed_tokens(ids), c.cross, capacity, dtype)
 
 
 VISION_TAPS = {"act.vision.out": "model.vision_model", "act.perceiver.out": "model.perceiver_resampler"}

@@ -21,7 +21,7 @@ from mmopt.models._janusflow_cases import cases
 from mmopt.models._janusflow_config import Config, TowerConfig, parse_config
 from mmopt.models._janusflow_flow import FlowDecoder, FlowEncoder
 from mmopt.models._janusflow_loading import assemble
-from mmopt.models._stages import Part, on_caches
+from mmopt.models._stages import Part, on_caches, only
 
 IMAGE_ID = -200  # stands for one image among token ids; the published tokenizer's <image_placeholder> is written there
 IMAGE_MARKER, END_OF_IMAGE = "<image_placeholder>", "<end_of_image>"
@@ -285,33 +285,49 @@ def stages(model: JanusFlow, capacity: int) -> dict[str, StageSpec]:
     skip = TensorSpec(("B", c.encoder.width, side, side), dtype)
     made = {
         "encode_vision": StageSpec(
-            Part(model, lambda m, x: m.encode_images(x)), {"pixel_values": pixels}, ["image_rows"]
+            Part(model, lambda m, x: m.encode_images(x), "vision_und_enc_model", "vision_und_enc_aligner"),
+            {"pixel_values": pixels},
+            ["image_rows"],
         ),
         "embed": StageSpec(
-            Part(model, lambda m, x: m.embed(x)), {"ids": TensorSpec(("B", "nt"), torch.int64)}, ["text"]
+            Part(model, lambda m, x: m.embed(x), "language_model.model.embed_tokens", "language_model.lm_head"),
+            {"ids": TensorSpec(("B", "nt"), torch.int64)},
+            ["text"],
         ),
         "language_model": StageSpec(
-            LanguageModel(model),
+            LanguageModel(only(model, "language_model.model")),
             {**rows, **ints, "seen": seen, "key_cache": cache, "value_cache": cache},
             ["hidden", "past", "key_cache", "value_cache"],
         ),
         "head": StageSpec(
-            Part(model, lambda m, x: m.language_model.lm_head(x)),
+            Part(model, lambda m, x: m.language_model.lm_head(x), "language_model"),
             {"hidden": TensorSpec(("B", "n", c.hidden_size), dtype)},
             ["logits"],
         ),
-        "flow_time": StageSpec(Part(model, lambda m, t: m.flow_time(t)), {"time": time}, ["time_row"]),
+        "flow_time": StageSpec(
+            Part(model, lambda m, t: m.flow_time(t), "vision_gen_enc_model"), {"time": time}, ["time_row"]
+        ),
         "flow_encode": StageSpec(
-            Part(model, lambda m, *x: m.flow_encode(*x)), {"latents": latents, "time_row": time_row}, ["skip", "tokens"]
+            Part(model, lambda m, *x: m.flow_encode(*x), "vision_gen_enc_model", "vision_gen_enc_aligner"),
+            {"latents": latents, "time_row": time_row},
+            ["skip", "tokens"],
         ),
         "flow_decode": StageSpec(
-            Part(model, lambda m, *x: m.flow_decode(*x)),
+            Part(
+                model,
+                lambda m, *x: m.flow_decode(*x),
+                "vision_gen_dec_aligner_norm",
+                "vision_gen_dec_aligner",
+                "vision_gen_dec_model",
+            ),
             {"hidden": image, "skip": skip, "time_row": time_row},
             ["velocity"],
         ),
     }
     if model.vae is not None:
-        made["decode_image"] = StageSpec(Part(model, lambda m, z: m.decode_image(z)), {"latents": latents}, ["image"])
+        made["decode_image"] = StageSpec(
+            Part(model, lambda m, z: m.decode_image(z), "vae"), {"latents": latents}, ["image"]
+        )
     return made
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
-from mmopt.models._stages import Part
+from mmopt.models._stages import Part, only
 from mmopt.models._transformers import (
     RECORDED,
     Adopted,
@@ -189,10 +189,19 @@ def stages(model: Mllama, capacity: int) -> dict[str, StageSpec]:
     }
     rows: Inputs = {"vision_rows": TensorSpec(("N", tiles, c.vision_rows, v.vision_output_dim), dtype)}
     return {
-        "encode_vision": StageSpec(Part(model, lambda m, *x: m.vision_model(*x)), images, ["vision_rows"]),
-        "resample": StageSpec(Part(model, lambda m, x: m.multi_modal_projector(x)), rows, ["image_rows"]),
+        "encode_vision": StageSpec(
+            Part(model, lambda m, *x: m.vision_model(*x), "vision_model"), images, ["vision_rows"]
+        ),
+        "resample": StageSpec(
+            Part(model, lambda m, x: m.multi_modal_projector(x), "multi_modal_projector"), rows, ["image_rows"]
+        ),
         **text_stages(
-            model, lambda m, ids: m.language_model.model.embed_tokens(ids), c.cross, capacity, dtype, sees=True
+            only(model, "language_model"),
+            lambda m, ids: m.language_model.model.embed_tokens(ids),
+            c.cross,
+            capacity,
+            dtype,
+            sees=True,
         ),
     }
 

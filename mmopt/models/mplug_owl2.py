@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmopt import ops
 from mmopt.family import Cases, Family, StageSpec, TensorSpec, read_config
 from mmopt.models._decoders import LlamaMLP, RMSNorm
-from mmopt.models._stages import Part, on_caches
+from mmopt.models._stages import Part, on_caches, only
 
 IMAGE_ID = -200  # the reference's placeholder for one image among token ids
 IMAGE_MARKER = "<|image|>"
@@ -430,16 +430,22 @@ def stages(model: MplugOwl2, capacity: int) -> dict[str, StageSpec]:
     rows = {n: TensorSpec(("B", s, c.hidden_size), dtype) for n, s in (("visual", "nv"), ("text", "nt"))}
     return {
         "vision": StageSpec(
-            Part(model, lambda m, x: m.model.vision_model(x)), {"pixel_values": pixels}, ["vision_rows"]
+            Part(model, lambda m, x: m.model.vision_model(x), "model.vision_model"),
+            {"pixel_values": pixels},
+            ["vision_rows"],
         ),
         "abstractor": StageSpec(
-            Part(model, lambda m, x: m.model.visual_abstractor(x)), {"vision_rows": vision_rows}, ["image_rows"]
+            Part(model, lambda m, x: m.model.visual_abstractor(x), "model.visual_abstractor"),
+            {"vision_rows": vision_rows},
+            ["image_rows"],
         ),
         "embed": StageSpec(
-            Part(model, lambda m, x: m.model.embed_tokens(x)), {"ids": TensorSpec(("B", "nt"), torch.int64)}, ["text"]
+            Part(model, lambda m, x: m.model.embed_tokens(x), "model.embed_tokens", "lm_head"),
+            {"ids": TensorSpec(("B", "nt"), torch.int64)},
+            ["text"],
         ),
         "language_model": StageSpec(
-            LanguageModel(model),
+            LanguageModel(only(model, "model.embed_tokens", "model.layers", "model.norm", "lm_head")),
             {**rows, "past": TensorSpec(("B",), torch.int64), "key_cache": cache, "value_cache": cache},
             ["logits", "past", "key_cache", "value_cache"],
         ),

@@ -26,8 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from compression_report import BASELINES, BLIND, FULL, PIXELS, RESIZE, TOGETHER, plot, text
-from yardsticks import YARDSTICKS, blind, engine_of, first
+from compression_report import BASELINES, BLIND, FULL, PIXELS, RESIZE, TOGETHER, plot, plot_times, text
+from yardsticks import BATCH, YARDSTICKS, blind, engine_of, first
 
 import mmopt
 from mmopt.benchmark import conditions
@@ -35,7 +35,7 @@ from mmopt.pipeline import default_passes
 from mmopt.tasks import Sample, Score, Task
 
 THREADS = 1
-REPEATS = 4  # of what is timed, in a row: a call of a few milliseconds is easily interrupted
+REPEATS = 2  # of what is timed, in a row, the better one counts
 
 
 class Way(NamedTuple):
@@ -157,24 +157,29 @@ def scored(engine: mmopt.Engine, tasks: Mapping[str, Task], grey: Callable[[Task
 
 # ------------------------------------------------------------------------------------------------ time to first token
 class FirstToken:
-    """Encoding the images of a sample and reading its prompt, in an engine; pixels and ids are made beforehand.
+    """Encoding the images of some samples together and reading their prompts one by one, in an engine.
 
-    The text that every prompt begins with is in the cache already, as in an engine that runs.
+    Pixels and ids are made beforehand; the text that every prompt begins with is in the cache already, as in an engine
+    that runs.
     """
 
-    def __init__(self, engine: mmopt.Engine, sample: Sample):
+    def __init__(self, engine: mmopt.Engine, samples: Sequence[Sample]):
         self.decoder = engine.decoder
-        made = engine.image_processor(list(sample.images))
+        made = engine.image_processor([i for s in samples for i in s.images])
         self.pixels = made["pixel_values"] if isinstance(made, dict) else made
         if self.decoder.takes_frames:
             self.pixels = self.pixels[:, None]
-        content = engine.with_markers(sample.prompt, sample.images)
-        self.ids = engine.text.encode(engine.template.render([{"role": "user", "content": content}]))
+        self.counts = [len(s.images) for s in samples]
+        asked = [[{"role": "user", "content": engine.with_markers(s.prompt, s.images)}] for s in samples]
+        self.ids = [engine.text.encode(engine.template.render(a)) for a in asked]
 
-    def __call__(self) -> np.ndarray:
-        rows = self.decoder.encode(self.pixels)
-        with self.decoder.cache(1) as cache:
-            return self.decoder.prefill(cache, 0, self.ids, [rows[i : i + 1] for i in range(len(self.pixels))])
+    def __call__(self) -> list[np.ndarray]:
+        rows, made, at = self.decoder.encode(self.pixels), [], 0
+        for ids, count in zip(self.ids, self.counts, strict=True):
+            with self.decoder.cache(1) as cache:
+                made.append(self.decoder.prefill(cache, 0, ids, [rows[i : i + 1] for i in range(at, at + count)]))
+            at += count
+        return made
 
 
 def in_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
@@ -196,9 +201,11 @@ def quartiles(x: np.ndarray) -> dict[str, float]:
 
 
 def add_times(rows: Sequence[dict], engines: Sequence[mmopt.Engine], tasks: Mapping[str, Task], rounds: int) -> None:
-    """Time the first sample of each task in all engines; faster: the first engine's time over it, in the same round."""
+    """Time the first samples of each task in all engines, milliseconds of each sample; faster: the first engine's time
+    over it, in the same round."""
     for name, task in tasks.items():
-        taken = in_turns([FirstToken(e, task.samples[0]) for e in engines], rounds)
+        samples = task.samples[:BATCH]
+        taken = in_turns([FirstToken(e, samples) for e in engines], rounds) / len(samples)
         for row, own, faster in zip(rows, taken.T, (taken[:, :1] / taken).T, strict=True):
             row.setdefault("times", {})[name] = {"ms": quartiles(own), "faster": quartiles(faster)}
 
@@ -253,9 +260,10 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="names, by default all")
     parser.add_argument("--places", default="", help="names, by default all")
     parser.add_argument("--positions", default="keep", help="keep or renumber")
-    parser.add_argument("--rounds", type=int, default=30, help="of timing; 0: leave it out")
+    parser.add_argument("--rounds", type=int, default=10, help="of timing; 0: leave it out")
     parser.add_argument("--out", type=Path, help="JSON file, gone on with if it is there")
-    parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--plot", type=Path, help="PNG file: right answers over rows kept")
+    parser.add_argument("--plot-times", type=Path, help="PNG file: right answers over time")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     from mmopt.passes.compress_visual_tokens import find_places
@@ -277,6 +285,8 @@ def main() -> None:
     print(text(results.found))
     if args.plot:
         plot(results.found, args.plot)
+    if args.plot_times:
+        plot_times(results.found, args.plot_times)
     if failed := [r for r in results.found["rows"] if "failed" in r]:
         sys.exit(f"{len(failed)} rows failed, for example {failed[0]}")
 

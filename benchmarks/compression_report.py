@@ -20,8 +20,8 @@ NOTES = (
     "right: share of right answers, with the 95 % interval; blind: the same questions about grey pictures.",
     "minus full: paired difference to all rows. minus random, pool: to rows drawn at random, to averaged rows, as many "
     "at the same place. minus resize: to a smaller image, as large a share. *: the 95 % interval leaves out 0.",
-    "first token: ms of encoding the images of a sample and reading its prompt, median and quartiles of rounds in "
-    "which all rows take turns, each the best of a few calls; x full: median of the speed-up over all rows in a round.",
+    "first token: ms of encoding the images of a sample and reading its prompt, images of 16 samples together, median "
+    "and quartiles of rounds in which all engines take turns; x full: median of the speed-up over all rows in a round.",
     "best: no other has more right answers in no more time, or takes less for no fewer.",
 )
 
@@ -98,8 +98,6 @@ def frontier(rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 def plot(found: dict[str, Any], path: str | Path) -> None:
     """Share of right answers over the share of rows kept, for each task (down) and place (across), as a PNG file.
 
-    Where times were measured, the last column has right answers over the time to the first token, at all places.
-
     Raises ImportError without matplotlib, ValueError for a name that does not end in .png or results without scores.
     """
     rows = [r for r in found["rows"] if "tasks" in r]
@@ -108,16 +106,12 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     if not places:
         raise ValueError("there are no scores of fewer rows to plot")
     tasks = [*found["samples"]]
-    timed = any("times" in r for r in rows)
-    figure = png_figure(path, (3.0 * (len(places) + 2 * timed) + 1.5, 3.4 * len(tasks)))
-    wide = [1.0] * len(places) + [2.0] * timed
-    grid = figure.subplots(len(tasks), len(wide), squeeze=False, sharey="row", width_ratios=wide)
+    figure = png_figure(path, (4.2 * len(places) + 1.5, 3.4 * len(tasks)))
+    grid = figure.subplots(len(tasks), len(places), squeeze=False, sharex=True, sharey="row")
     keeps = sorted({r["keep"] for r in rows if r["place"]})
     methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] not in (FULL, BLIND)))
     for line, task in zip(grid, tasks, strict=True):
-        if timed:
-            _over_time(line[-1], rows, task, methods, places)
-        for axes, place in zip(line, places, strict=False):
+        for axes, place in zip(line, places, strict=True):
             for i, method in enumerate(methods):
                 own = [r for r in rows if r["method"] == method and r["place"] in (place, PIXELS)]
                 _line(axes, sorted(own, key=lambda r: r["keep"]), task, method, i / len(methods) - 0.5, f"C{i}")
@@ -131,7 +125,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
             axes.set_title(f"{task}; {place}", fontsize="medium")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("right answers")
-    for axes in grid[-1][: len(places)]:
+    for axes in grid[-1]:
         axes.set_xlabel("share of rows kept")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     save_png(figure, path)
@@ -150,25 +144,42 @@ def _line(axes: Any, rows: list[dict[str, Any]], task: str, method: str, shift: 
     )  # fmt: skip
 
 
-def _over_time(axes: Any, rows: list[dict[str, Any]], task: str, methods: list[str], places: list[str]) -> None:
-    """Right answers over time: a colour for each method, as in the other pictures, a marker for each place."""
-    markers = dict(zip([PIXELS, *(p for p in places if p != PIXELS)], "sov^D<>PX*hp", strict=False))
-    own = [r for r in rows if task in r.get("times", {}) and r["method"] in methods]
-    for r in own:
-        at = r["times"][task]["ms"]["median"], r["tasks"][task]["mean"]
-        size = 70 * r["keep"] ** 0.5
-        axes.scatter(
-            *at, size, color=f"C{methods.index(r['method'])}", marker=markers[r["place"]], alpha=0.8, linewidths=0
-        )
-    full = [r for r in rows if r["method"] == FULL and task in r.get("times", {})]
-    best = frontier([*full, *own], task)
-    points = [(r["times"][task]["ms"]["median"], r["tasks"][task]["mean"]) for r in best]
-    axes.plot(*zip(*points, strict=True), color="0.7", linewidth=4, zorder=0)
-    for r in full:
-        axes.axvline(r["times"][task]["ms"]["median"], linewidth=1, color="black", linestyle="--")
-    for place in dict.fromkeys(r["place"] for r in own):
-        axes.scatter([], [], color="0.3", marker=markers[place], label=place)
-    axes.set_title(f"{task}; all places, larger: more rows", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", title="grey: best; dashed: all rows", title_fontsize="x-small")
-    axes.set_xlabel("ms to the first token")
+def plot_times(found: dict[str, Any], path: str | Path) -> None:
+    """Share of right answers over the time to the first token, relative to all rows, for each task, as a PNG file.
+
+    A colour for each method, a marker for each place, larger where more rows stay; the line is what no other beats.
+    Raises ImportError without matplotlib, ValueError for a name that does not end in .png or results without times.
+    """
+    timed = [r for r in found["rows"] if "times" in r]
+    if not timed:
+        raise ValueError("there are no times to plot")
+    tasks = [*found["samples"]]
+    places = {
+        p: m
+        for p, m in zip(found["sizes"]["places"], "sov^D<>PX*hp", strict=False)
+        if any(r["place"] == p for r in timed)
+    }
+    methods = list(dict.fromkeys(r["method"] for r in timed if r["method"] != FULL))
+    figure = png_figure(path, (6.4 * len(tasks) + 1.8, 5))
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        own = [r for r in timed if task in r["times"]]
+        for r in own:
+            at = 1 / r["times"][task]["faster"]["median"], r["tasks"][task]["mean"]
+            if r["method"] == FULL:
+                axes.axhline(at[1], linewidth=1, color="black")
+                axes.axvline(at[0], linewidth=1, color="black")
+                continue
+            style = {"color": f"C{methods.index(r['method'])}", "marker": places[r["place"]]}
+            axes.scatter(*at, 160 * r["keep"], alpha=0.8, linewidths=0, **style)
+        best = [(1 / r["times"][task]["faster"]["median"], r["tasks"][task]["mean"]) for r in frontier(own, task)]
+        axes.plot(*zip(*best, strict=True), color="0.75", linewidth=5, zorder=0)
+        axes.set_title(task, fontsize="medium")
+        axes.set_xlabel("time to the first token, relative to all rows")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("right answers")
+    for i, method in enumerate(methods):
+        figure.axes[-1].scatter([], [], color=f"C{i}", label=method)
+    for place, marker in places.items():
+        figure.axes[-1].scatter([], [], color="0.4", marker=marker, label=place)
+    figure.legend(loc="outside right upper", fontsize="small")
+    save_png(figure, path)

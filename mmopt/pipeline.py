@@ -127,7 +127,7 @@ def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]
     plan = choice.row.plan
     made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)
     report.checked = f"drift: mean {choice.row.mean:.3g}, p90 {choice.row.p90:.3g}; {choice.reason}"
-    report.did(frontier_text(rows).rstrip())
+    report.did("what was measured:\n" + frontier_text(rows).rstrip())
     made = with_plan(made, make_plan([flow_steps(made)], budget={"drift": str(budget)}, measured=report.checked))
     return Result(made, [*result.reports, report])
 

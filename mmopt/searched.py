@@ -145,12 +145,11 @@ class Search:
 
     def text(self) -> str:
         """The rows as a table for people; a star marks those that no other beats, an arrow the choice."""
-        console = Console(file=(file := io.StringIO()), width=140, markup=False, highlight=False)
+        console = Console(file=(file := io.StringIO()), width=160, markup=False, highlight=False)
         best, chosen, timed = {id(r) for r in self.frontier()}, self.best, self.full.seconds is not None
         heads = ["method", "keep", "rows", "FLOP", *(["first token"] if timed else []), "cost"]
-        table = Table(
-            Column("place", no_wrap=True), *heads, "quality", "difference", "95 %", "samples", "budget", "best"
-        )
+        whole = [Column(name, no_wrap=True) for name in ("place", "95 %", "budget")]  # other columns wrap first
+        table = Table(whole[0], *heads, "quality", "difference", whole[1], "samples", whole[2], "best")
         for r in [self.full, *self.rows]:
             place, method, keep, positions = r.plan or ("", "", 1.0, "keep")
             seconds = [] if not timed else ["" if r.seconds is None else f"{1e3 * r.seconds:.3g} ms"]

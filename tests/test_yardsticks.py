@@ -155,7 +155,11 @@ def test_rows_are_measured_once_refused_with_a_reason_and_tried_again_if_they_fa
     assert "refused: vision, random 0.9: vision: saves too little" in told
     assert "failed: vision, pool 0.5: RuntimeError: no such weight" in told
     report.plot(again.found, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    report.plot_times(again.found, tmp_path / "times.png")
+    for name in ("plot.png", "times.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="there are no times to plot"):
+        report.plot_times(again.found | {"rows": []}, tmp_path / "none.png")
 
 
 def test_a_file_of_other_questions_is_refused(few, tmp_path):
@@ -221,6 +225,15 @@ def test_turns_are_paired_and_the_first_call_changes():
     taken = quality.in_turns([lambda i=i: calls.append(i) for i in range(3)], 2)
     assert taken.shape == (2, 3)
     assert calls[:: quality.REPEATS] == [0, 1, 2, 1, 2, 0]
+
+
+def test_samples_are_read_together_as_alone(yard, few, tmp_path):
+    engine = yardsticks.engine_of(yard.program, tmp_path / "engine")
+    samples = [s for task in few.values() for s in task.samples[:2]]
+    together = quality.FirstToken(engine, samples)()
+    alone = [quality.FirstToken(engine, [s])()[0] for s in samples]
+    assert len(together) == 4
+    np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
 def test_command(yard, few, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from mmopt.report import png_figure, save_png
 FULL, BLIND, PIXELS, RESIZE = "full", "blind", "pixels", "resize"
 TOGETHER = "all questions"
 BASELINES = (FULL, "random", "pool", RESIZE)  # what each score is compared with, all but the first at the same keep
+COLOURS = [*(f"C{i}" for i in range(10)), "navy", "gold"]  # of methods
 NOTES = (
     "right: share of right answers, with the 95 % interval; blind: the same questions about grey pictures.",
     "minus full: paired difference to all rows. minus random, pool: to rows drawn at random, to averaged rows, as many "
@@ -114,7 +115,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
         for axes, place in zip(line, places, strict=True):
             for i, method in enumerate(methods):
                 own = [r for r in rows if r["method"] == method and r["place"] in (place, PIXELS)]
-                _line(axes, sorted(own, key=lambda r: r["keep"]), task, method, i / len(methods) - 0.5, f"C{i}")
+                _line(axes, sorted(own, key=lambda r: r["keep"]), task, method, i / len(methods) - 0.5, COLOURS[i])
             for r in (r for r in rows if not r["place"]):
                 low, high = r["tasks"][task]["interval"]
                 label, style = ("all rows", "-") if r["method"] == FULL else ("grey pictures", ":")
@@ -169,7 +170,7 @@ def plot_times(found: dict[str, Any], path: str | Path) -> None:
                 axes.axhline(at[1], linewidth=1, color="black")
                 axes.axvline(at[0], linewidth=1, color="black")
                 continue
-            style = {"color": f"C{methods.index(r['method'])}", "marker": places[r["place"]]}
+            style = {"color": COLOURS[methods.index(r["method"])], "marker": places[r["place"]]}
             axes.scatter(*at, 160 * r["keep"], alpha=0.8, linewidths=0, **style)
         best = [(1 / r["times"][task]["faster"]["median"], r["tasks"][task]["mean"]) for r in frontier(own, task)]
         axes.plot(*zip(*best, strict=True), color="0.75", linewidth=5, zorder=0)
@@ -178,7 +179,7 @@ def plot_times(found: dict[str, Any], path: str | Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("right answers")
     for i, method in enumerate(methods):
-        figure.axes[-1].scatter([], [], color=f"C{i}", label=method)
+        figure.axes[-1].scatter([], [], color=COLOURS[i], label=method)
     for place, marker in places.items():
         figure.axes[-1].scatter([], [], color="0.4", marker=marker, label=place)
     figure.legend(loc="outside right upper", fontsize="small")

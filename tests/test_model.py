@@ -9,6 +9,7 @@ from conftest import DATA
 from safetensors.torch import load_file
 
 from mmopt.checkpoint import from_config
+from mmopt.models._stages import only
 from mmopt.models.mplug_owl2 import Config, MplugOwl2
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -109,3 +110,15 @@ def test_positions_do_not_depend_on_the_default_device_or_dtype():
         assert a.device.type == "cpu"
         assert torch.equal(a, b)
     assert torch.equal(on_meta.model.inv_freq, here.model.inv_freq)
+
+
+def test_a_stage_has_its_own_submodules_alone(model):
+    stage = model.family.stages(model.module, 64)["vision"].module
+    own, every = dict(stage.named_parameters()), dict(model.module.named_parameters())
+    assert own
+    for name, parameter in own.items():
+        assert name.startswith("root.model.vision_model.")
+        assert parameter is every[name.removeprefix("root.")]
+    assert len(dict(model.module.named_parameters())) == len(every) > len(own)
+    with pytest.raises(AttributeError, match="no_such_part"):
+        only(model.module, "model.no_such_part")

@@ -198,6 +198,8 @@ class StageSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # else the working memory of the longest prompt is kept for good
+        # each stage has threads of its own, which else go on spinning for a while where the next stage needs the cores
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self.session = ort.InferenceSession(directory / facts["file"], options, providers=providers)
         except Exception as e:  # ONNX Runtime has many error types, none of them public

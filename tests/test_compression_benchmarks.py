@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mmopt.pipeline import default_passes
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compression_composition as composition
 import compression_speed as speed
+import threads
 
 FULL, POOL, DIVERSE = speed.Way("full", 1.0), speed.Way("pool", 0.25), speed.Way("diverse", 0.5)
 
@@ -115,6 +117,26 @@ def test_unknown_place(monkeypatch, program):
     monkeypatch.setattr(mmopt, "trace", lambda model: program, raising=False)
     with pytest.raises(ValueError, match=r"--places: expected some of pixels, .*found tower"):
         speed.measure("mplug-owl2-tiny", [0.5], ["tower"], 1, 1, lambda *now: None)
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+def test_threads_are_timed_in_processes_of_their_own(program, monkeypatch, tmp_path):
+    engine = mmopt.export(program, tmp_path / "engine", check=False)
+    found = threads.one(engine, 1, False, 2)
+    assert found.keys() == {"first token", "decode"}
+    assert all(0 < f["min_ms"] <= f["median_ms"] for f in found.values())
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[command.index("--way") + 1])
+        took = {"spin on": 30.0, "stop": 10.0}[asked[-1]]
+        return SimpleNamespace(stdout=json.dumps({"decode": {"min_ms": took, "median_ms": took}}))
+
+    monkeypatch.setattr(threads.subprocess, "run", run)
+    monkeypatch.setattr(mmopt, "trace", lambda model: program, raising=False)
+    (row,) = threads.measure("mplug-owl2-tiny", 1, 2, 2)["rows"]
+    assert asked == ["spin on", "stop"] * 2
+    assert row["median"] == 3
 
 
 # --------------------------------------------------------------------------------------------------------- composition

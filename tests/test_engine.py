@@ -144,6 +144,12 @@ def test_runs_as_the_program(each, traced, name):
         np.testing.assert_allclose(run.image_rows.numpy(), values["image_rows"], atol=ATOL)
 
 
+def test_threads_of_a_stage_do_not_spin_while_another_runs(engine):
+    for stage in engine.decoder.stages.values():
+        options = stage.session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_runs_as_the_recorded_reference(each):
     from safetensors.numpy import load_file
 

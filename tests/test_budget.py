@@ -588,7 +588,7 @@ def program():
 @pytest.fixture(scope="module")
 def searched(program, task):
     given = {"keeps": [0.25], "methods": ["pool", "resize"], "places": ["vision.1", "pixels"]}
-    budget = Quality(Task.load(task), 0.5, quick=3, trials=2, timed=True, **given)
+    budget = Quality(Task.load(task), 0.5, quick=3, trials=2, **given)
     return search_quality(program, budget, check=False)
 
 
@@ -596,7 +596,7 @@ def test_on_a_trained_model_the_plan_goes_along_into_the_engine(program, searche
     search = searched.search
     assert len(search.rows) == 2
     assert search.best is not None
-    assert all(0 < r.flops < search.full.flops and r.seconds > 0 for r in search.rows)
+    assert all(0 < r.flops < search.full.flops for r in search.rows)
     assert searched.reports[0].name == "compress_visual_tokens"
     made = export(searched.program, tmp_path / "engine", check=False)
     assert json.loads((made / "program.json").read_text())["info"]["plan"] == searched.program.info["plan"]

@@ -157,7 +157,7 @@ def scored(engine: mmopt.Engine, tasks: Mapping[str, Task], grey: Callable[[Task
 
 # ------------------------------------------------------------------------------------------------ time to first token
 class FirstToken:
-    """Encoding the images of some samples together and reading their prompts one by one, in an engine.
+    """Encoding the images of some samples, then reading their prompts, one by one, in an engine.
 
     Pixels and ids are made beforehand; the text that every prompt begins with is in the cache already, as in an engine
     that runs.

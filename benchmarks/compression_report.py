@@ -21,7 +21,7 @@ NOTES = (
     "right: share of right answers, with the 95 % interval; blind: the same questions about grey pictures.",
     "minus full: paired difference to all rows. minus random, pool: to rows drawn at random, to averaged rows, as many "
     "at the same place. minus resize: to a smaller image, as large a share. *: the 95 % interval leaves out 0.",
-    "first token: ms of encoding the images of a sample and reading its prompt, images of 16 samples together, median "
+    "first token: ms of encoding the images of a sample and reading its prompt, of 16 samples in a row, median "
     "and quartiles of rounds in which all engines take turns; x full: median of the speed-up over all rows in a round.",
     "best: no other has more right answers in no more time, or takes less for no fewer.",
 )

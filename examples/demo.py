@@ -14,7 +14,9 @@ import torch
 import vqa
 
 import mmopt
-from mmopt.processing import ChatTemplate, ImageProcessor, TextProcessor
+from mmopt.processing.chat_template import ChatTemplate
+from mmopt.processing.image_processor import ImageProcessor
+from mmopt.processing.tokenizer import TextProcessor
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/mplug-owl2-vqa"
 NEW_TOKENS = 4  # an answer is one word and the end

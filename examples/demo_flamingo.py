@@ -17,8 +17,8 @@ from episodes import CHUNKS, SHOTS, Checks, Prompts, logits_of, share
 from tokenizers import Tokenizer
 
 import mmopt
-from mmopt.checkpoint import Model
-from mmopt.engine import Request
+from mmopt.frontend.load import Model
+from mmopt.runtime.request import Request
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/flamingo-vqa"
 NEW_TOKENS = 2  # a word and the end of the chunk

@@ -13,15 +13,15 @@ import numpy as np
 import pictures
 import torch
 from judge import frechet, judge, normalised
-from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from train_autoencoder import psnr
 
 import mmopt
-from mmopt.checkpoint import Model
-from mmopt.flow_reference import relative_errors
-from mmopt.painting import levels
+from mmopt.flow.reference import relative_errors
+from mmopt.frontend.load import Model
+from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
+from mmopt.spec.flow_sampler import levels
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/janusflow-digits"
 WAYS = [("before: model", 30, "euler"), ("after: engine", 30, "euler")]  # who paints, steps, solver

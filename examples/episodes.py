@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from train_mplug_owl2 import load_images
 
-from mmopt.processing import TextProcessor
+from mmopt.processing.tokenizer import TextProcessor
 
 SHOTS = (0, 1, 2, 4)
 CHUNKS = 5  # of an episode: the shots and the query

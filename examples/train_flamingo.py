@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from train_mplug_owl2 import PREPROCESSOR, augmented, load_images
 
-from mmopt import checkpoint
+from mmopt.frontend import load as checkpoint
 
 VISION = Path(__file__).parent / "checkpoints/mplug-owl2-vqa/model.safetensors"  # its vision tower is used as it is
 IMAGES, EPISODES = 48, 48  # per step: pictures, and episodes made of them

@@ -23,7 +23,7 @@ from judge import PARTS, frechet, judge, normalised
 from torch import Tensor, nn
 from train_autoencoder import moments, rate
 
-from mmopt import checkpoint
+from mmopt.frontend import load as checkpoint
 from mmopt.models._autoencoder import load_autoencoder
 
 TOWER_BATCH, TOWER_RATE = 64, 1.5e-3

@@ -20,8 +20,10 @@ import vqa
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from mmopt import checkpoint
-from mmopt.processing import ChatTemplate, ImageProcessor, TextProcessor
+from mmopt.frontend import load as checkpoint
+from mmopt.processing.chat_template import ChatTemplate
+from mmopt.processing.image_processor import ImageProcessor
+from mmopt.processing.tokenizer import TextProcessor
 
 IMAGES, QUESTIONS, TEXTS = 32, 8, 32  # per step: pictures, questions on each, text-only examples
 BLOCK = 12  # rows of one question with its answer, </s> left out: 10 tokens, "ASSISTANT:", one word

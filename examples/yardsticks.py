@@ -21,7 +21,8 @@ import pictures
 import vqa
 
 import mmopt
-from mmopt.tasks import Sample, Score, Task
+from mmopt.measure.statistics import Score
+from mmopt.measure.task import Sample, Task
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 BATCH = 16

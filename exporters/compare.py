@@ -6,17 +6,18 @@ import operator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import sympy
 import torch
+
 from mmopt.exporters.emit import ExportError, output_name
 from mmopt.exporters.weights import weight_bytes
-
-from mmopt import contracts
-from mmopt.graph import CACHED_ATTENTION, shape_of, symbol
-from mmopt.language_places import LATE
-from mmopt.pipeline import why_unchecked
-from mmopt.planning import LEFT_OUT
-from mmopt.program import Program, Stage
+from mmopt.ir.graph import CACHED_ATTENTION, shape_of, symbol
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite import contracts
+from mmopt.rewrite.contracts import why_unchecked
+from mmopt.spec.prompt import LATE, LEFT_OUT
 
 MOST_BYTES = 1 << 30  # of weights: a session holds them all
 PAST = 2  # rows in the cache before the call, where a stage has a cache
@@ -33,8 +34,6 @@ def why_not_compared(program: Program, facts: dict[str, Any]) -> str | None:
 
 def compare_with_program(directory: Path, program: Program, facts: dict[str, Any]) -> contracts.Difference | None:
     """The first difference of an output over several sizes of random inputs, or None."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -13,13 +13,13 @@ from typing import Any
 import onnx
 import sympy
 import torch
-from mmopt.exporters.weights import ONNX_TYPE, Weights, tensor_proto
 from onnx import TensorProto, helper
 from torch.fx import Node
 
-from mmopt.graph import Size, is_const, shape_of, simplify
-from mmopt.program import Stage
-from mmopt.text import op_name
+from mmopt.exporters.weights import ONNX_TYPE, Weights, tensor_proto
+from mmopt.ir.graph import Size, is_const, shape_of, simplify
+from mmopt.ir.printer import op_name
+from mmopt.ir.stage import Stage
 
 OPSET, IR_VERSION = 23, 11
 NEWER = {"TensorScatter": (24, 12)}  # operators that need a newer opset and IR version

@@ -6,10 +6,10 @@ import operator
 from typing import Any
 
 import torch
-from mmopt.exporters.emit import Emitter, Rule
 from torch.fx import Node
 
-from mmopt.graph import (
+from mmopt.exporters.emit import Emitter, Rule
+from mmopt.ir.graph import (
     ADD,
     ARANGE,
     CAT,
@@ -27,7 +27,7 @@ from mmopt.graph import (
     WHERE,
     aten,
     shape_of,
-)  # fmt: skip
+)
 
 
 def unary(kind: str) -> Rule:

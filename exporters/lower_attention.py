@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmopt.exporters.emit import Emitter, Rule
-from mmopt.exporters.lower import arguments, scale_of
 from torch.fx import Node
 
-from mmopt.graph import Size, shape_of
+from mmopt.exporters.emit import Emitter, Rule
+from mmopt.exporters.lower import arguments, scale_of
+from mmopt.ir.graph import Size, shape_of
 
 
 def attention_args(n: Node) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
+
 from mmopt.exporters.emit import CONTRIB, Emitter, Rule
 from mmopt.exporters.lower import PLAIN
 from mmopt.exporters.lower_attention import (
@@ -27,9 +29,7 @@ from mmopt.exporters.lower_attention import (
     scattered_attention,
     segment_attention,
 )
-from torch.fx import Node
-
-from mmopt.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, MUL, SEGMENT_ATTENTION, aten, shape_of
+from mmopt.ir.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, MUL, SEGMENT_ATTENTION, aten, shape_of
 
 
 def cached_attention(e: Emitter, n: Node) -> tuple:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
+
 from mmopt.exporters.emit import Emitter, Rule
 from mmopt.exporters.lower import PLAIN
 from mmopt.exporters.lower_attention import (
@@ -20,9 +22,16 @@ from mmopt.exporters.lower_attention import (
     scattered_attention,
     segment_attention,
 )
-from torch.fx import Node
-
-from mmopt.graph import ATTENTION, CACHED_ATTENTION, CAT, CROSS_ATTENTION, LINEAR, ROTARY, SEGMENT_ATTENTION, shape_of
+from mmopt.ir.graph import (
+    ATTENTION,
+    CACHED_ATTENTION,
+    CAT,
+    CROSS_ATTENTION,
+    LINEAR,
+    ROTARY,
+    SEGMENT_ATTENTION,
+    shape_of,
+)
 
 
 def attention(e: Emitter, n: Node) -> str:

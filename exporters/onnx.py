@@ -14,17 +14,23 @@ from typing import Any
 
 import onnx
 import torch
+
+from mmopt.exporters import lower_onnxruntime, lower_tensorrt
 from mmopt.exporters.compare import compare_with_program, why_not_compared
 from mmopt.exporters.emit import Emitter, ExportError, output_name, plain_shape
+from mmopt.exporters.tensorrt import MISSING, MOST_BYTES_TO_BUILD, GateError, available, check_stages
 from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256, weight_bytes
-
-from mmopt.checkpoint import DTYPES
-from mmopt.graph import shape_of
-from mmopt.program import Program, Stage
-from mmopt.schedule import to_json
+from mmopt.ir.graph import shape_of
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.processing.tokenizer import _tokenizer
+from mmopt.spec.dtypes import MODEL_DTYPES
+from mmopt.spec.schedule import to_json
 
 SCHEMA = 1
-TARGETS = ("onnx", "tensorrt")
+
+TARGETS = {"onnx": lower_onnxruntime.RULES, "tensorrt": lower_tensorrt.RULES}  # -> how operators are spelt
+
 HOST_VALUES = {"ids", "done"}  # choosing the next token is the engine's part, not a graph
 
 
@@ -88,10 +94,10 @@ def export(
 def _dtype(program: Program, target: str, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32 if target == "onnx" else program.info["torch_dtype"]
-    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind not in DTYPES.values():
+    name = MODEL_DTYPES.get(str(dtype).removeprefix("torch."))
+    if name is None:
         raise ExportError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
-    return kind
+    return getattr(torch, name)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -119,16 +125,12 @@ def _write(
     directory: Path, program: Program, target: str, dtype: torch.dtype, weights: str, tell: Progress
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Graphs, weights and tokenizer; returns what program.json says of them, and the files still to be linked."""
-    if target == "onnx":
-        from mmopt.exporters.lower_onnxruntime import RULES
-    else:
-        from mmopt.exporters.lower_tensorrt import RULES
     store = Weights(program, dtype)
     stages = {name: s for name, s in program.stages.items() if not set(s.outputs) <= HOST_VALUES}
     protos, emitters = {}, {}
     for name, stage in stages.items():
         tell(f"graph of {name}")
-        emitters[name] = Emitter(name, stage, RULES, store)
+        emitters[name] = Emitter(name, stage, TARGETS[target], store)
         protos[name] = emitters[name].run()
     external = [i for p in protos.values() for i in p.graph.initializer if i.data_location == i.EXTERNAL]
     store.keep({i.name for i in external})
@@ -209,8 +211,6 @@ def _compare(directory: Path, program: Program, facts: dict[str, Any], tell: Pro
 
 
 def _gate(directory: Path, facts: dict[str, Any], tell: Progress) -> str:
-    from mmopt.exporters.tensorrt import MISSING, MOST_BYTES_TO_BUILD, GateError, available, check_stages
-
     if not available():
         return f"not checked: {MISSING}"
     build = weight_bytes(facts) <= MOST_BYTES_TO_BUILD
@@ -222,28 +222,6 @@ def _gate(directory: Path, facts: dict[str, Any], tell: Progress) -> str:
 
 def _save(directory: Path, facts: dict[str, Any]) -> None:
     (directory / "program.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _tokenizer(info: dict[str, Any], directory: Path) -> str | None:
-    """Write or copy tokenizer.json, or convert tokenizer.model and prove that both give the same ids."""
-    made = directory / "tokenizer.json"
-    if info.get("tokenizer"):
-        made.write_text(info["tokenizer"])
-        return made.name
-    if info.get("directory") is None:
-        return None
-    ready, model = Path(info["directory"]) / "tokenizer.json", Path(info["directory"]) / "tokenizer.model"
-    if ready.is_file():
-        shutil.copyfile(ready, made)
-    elif model.is_file():
-        from mmopt.sentencepiece import convert_sentencepiece, prove_equal
-
-        tokenizer = convert_sentencepiece(model)
-        prove_equal(model, tokenizer)
-        tokenizer.save(str(made))
-    else:
-        return None
-    return made.name
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt.planning import LEFT_OUT
+from mmopt.spec.prompt import LEFT_OUT
 
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MOST_FRAMES = 8  # of a video, where the model sets no limit
@@ -89,7 +89,7 @@ def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, lis
     if cross:
         blocks, keys = max(1, info["images"]) * cross["blocks"], cross["rows"]
         # A segment for each image, for text before all and for markers without one, cut where that costs less: see
-        # `mmopt.sight.segments`.
+        # `mmopt.spec.cross_mask.segments`.
         most = min(context, -(-(info["images"] + 2) * (context + keys) // (keys + 1)))
         ranges = [{"nb": (1, cross["blocks"], blocks), "K": (keys, keys * cross["blocks"], keys * blocks)}]
         if "past" in inputs:

@@ -23,22 +23,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.fx import Node
 
-from mmopt.graph import CAT, EXPAND, PERMUTE, RESHAPE, SLICE, shape_of
-from mmopt.program import Program, evaluate
-from mmopt.text import op_name
+from mmopt.ir.graph import CAT, EXPAND, PERMUTE, RESHAPE, SLICE, shape_of
+from mmopt.ir.printer import op_name
+from mmopt.ir.program import Program
+from mmopt.ir.stage import evaluate
+from mmopt.spec.dtypes import DTYPES
 
-ONNX_TYPE = {
-    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
-    torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
-}  # fmt: skip
+ONNX_TYPE = {getattr(torch, name): d.onnx for name, d in DTYPES.items()}
+SAFETENSORS_TYPE = {getattr(torch, name): d.safetensors for name, d in DTYPES.items()}
 FILE = "weights.safetensors"
 ALIGN = 64
 CHUNK = 1 << 24  # elements cast, and bytes copied, at a time
-SAFETENSORS_TYPE = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
-    torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
-}  # fmt: skip
 MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}  # operators that compute nothing
 Progress = Callable[[str], None]
 

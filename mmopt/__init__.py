@@ -9,54 +9,54 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load": "mmopt.checkpoint",
-    "from_config": "mmopt.checkpoint",
-    "CheckpointError": "mmopt.checkpoint",
-    "trace": "mmopt.tracing",
-    "optimize": "mmopt.pipeline",
+    "load": "mmopt.frontend.load",
+    "from_config": "mmopt.frontend.load",
+    "CheckpointError": "mmopt.models._weight_files",
+    "trace": "mmopt.frontend.trace",
+    "optimize": "mmopt.search.optimize",
     "export": "mmopt.exporters.onnx",
-    "Engine": "mmopt.engine",
-    "EngineError": "mmopt.engine",
-    "Program": "mmopt.program",
-    "Pass": "mmopt.rewriting",
-    "Report": "mmopt.rewriting",
-    "ContractError": "mmopt.contracts",
-    "replay": "mmopt.cases",
-    "inspect": "mmopt.inspection",
-    "bench": "mmopt.benchmark",
-    "fit_flow_schedule": "mmopt.flow_schedule",
-    "FlowPlan": "mmopt.flow_plan",
-    "Drift": "mmopt.flow_frontier",
-    "Task": "mmopt.tasks",
-    "Quality": "mmopt.budget",
-    "quality": "mmopt.tasks",
-    "paired": "mmopt.tasks",
+    "Engine": "mmopt.runtime.engine",
+    "EngineError": "mmopt.spec.errors",
+    "Program": "mmopt.ir.program",
+    "Pass": "mmopt.rewrite.pass_base",
+    "Report": "mmopt.rewrite.pass_base",
+    "ContractError": "mmopt.rewrite.contracts",
+    "replay": "mmopt.conformance.replay",
+    "inspect": "mmopt.ir.inspect",
+    "bench": "mmopt.measure.bench",
+    "fit_flow_schedule": "mmopt.flow.fit_program",
+    "FlowPlan": "mmopt.spec.flow_plan",
+    "Drift": "mmopt.flow.frontier",
+    "Task": "mmopt.measure.task",
+    "Quality": "mmopt.search.budget",
+    "quality": "mmopt.measure.quality",
+    "paired": "mmopt.measure.statistics",
 }
 __all__ = [*sorted(_WHERE), "__version__"]
 
 if TYPE_CHECKING:
-    from mmopt.benchmark import bench as bench
-    from mmopt.budget import Quality as Quality
-    from mmopt.cases import replay as replay
-    from mmopt.checkpoint import CheckpointError as CheckpointError
-    from mmopt.checkpoint import from_config as from_config
-    from mmopt.checkpoint import load as load
-    from mmopt.contracts import ContractError as ContractError
-    from mmopt.engine import Engine as Engine
-    from mmopt.engine import EngineError as EngineError
+    from mmopt.conformance.replay import replay as replay
     from mmopt.exporters.onnx import export as export
-    from mmopt.flow_frontier import Drift as Drift
-    from mmopt.flow_plan import FlowPlan as FlowPlan
-    from mmopt.flow_schedule import fit_flow_schedule as fit_flow_schedule
-    from mmopt.inspection import inspect as inspect
-    from mmopt.pipeline import optimize as optimize
-    from mmopt.program import Program as Program
-    from mmopt.rewriting import Pass as Pass
-    from mmopt.rewriting import Report as Report
-    from mmopt.tasks import Task as Task
-    from mmopt.tasks import paired as paired
-    from mmopt.tasks import quality as quality
-    from mmopt.tracing import trace as trace
+    from mmopt.flow.fit_program import fit_flow_schedule as fit_flow_schedule
+    from mmopt.flow.frontier import Drift as Drift
+    from mmopt.frontend.load import from_config as from_config
+    from mmopt.frontend.load import load as load
+    from mmopt.frontend.trace import trace as trace
+    from mmopt.ir.inspect import inspect as inspect
+    from mmopt.ir.program import Program as Program
+    from mmopt.measure.bench import bench as bench
+    from mmopt.measure.quality import quality as quality
+    from mmopt.measure.statistics import paired as paired
+    from mmopt.measure.task import Task as Task
+    from mmopt.models._weight_files import CheckpointError as CheckpointError
+    from mmopt.rewrite.contracts import ContractError as ContractError
+    from mmopt.rewrite.pass_base import Pass as Pass
+    from mmopt.rewrite.pass_base import Report as Report
+    from mmopt.runtime.engine import Engine as Engine
+    from mmopt.search.budget import Quality as Quality
+    from mmopt.search.optimize import optimize as optimize
+    from mmopt.spec.errors import EngineError as EngineError
+    from mmopt.spec.flow_plan import FlowPlan as FlowPlan
 
 
 def __getattr__(name: str) -> Any:

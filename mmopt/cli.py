@@ -175,7 +175,7 @@ def inspect(
     with progress("inspecting") as now:
         now("tracing")
         if shots is not None:
-            from mmopt.inspection import SHOT
+            from mmopt.ir.inspect import SHOT
 
             images = shots + 1
             context = SHOT * images + 64 if context is None else context
@@ -184,7 +184,7 @@ def inspect(
             context = prompt_length + model.family.flow(model.config).rows
         program = mmopt.trace(model, batch, images, context)
         if places:
-            from mmopt.place_savings import place_savings, savings_text
+            from mmopt.pruning.savings import place_savings, savings_text
 
             now("counting")
             found = place_savings(program)
@@ -197,7 +197,7 @@ def inspect(
             program, reports = result.program, result.reports
         sizes = {} if prompt_length is None else {"prompt_length": prompt_length}
         report = mmopt.inspect(program, reports, batch=batch, images=images, steps=steps, **sizes)
-    from mmopt.inspection import text
+    from mmopt.ir.inspect import text
 
     show(report, text(report) + (f"\n\n{program}" if graphs else ""), as_json)
 
@@ -265,7 +265,7 @@ def optimize(
         png_figure(plot, (1, 1))  # before the search, not after it
     steps = read_steps(plan)
     if prompts is not None:
-        from mmopt.flow_schedule import read_prompts
+        from mmopt.flow.fit_program import read_prompts
 
         texts = read_prompts(prompts)
     for option, path in written.items():
@@ -275,7 +275,7 @@ def optimize(
         flow = None if drift is None else mmopt.Drift(mean=drift)
         budget: Any = flow
         if quality is not None:
-            from mmopt.budget import Quality
+            from mmopt.search.budget import Quality
 
             budget = Quality(mmopt.Task.load(quality), flow=flow, **given)
             images = max(images, *(len(s.images) for s in budget.task.samples))
@@ -298,7 +298,7 @@ def optimize(
         if plot is not None:
             search.plot(plot)
     if plan_out is not None:
-        from mmopt.plans import save_plan
+        from mmopt.search.plan import save_plan
 
         save_plan(result.program.info["plan"], plan_out)
     show(facts, text, as_json)
@@ -308,7 +308,7 @@ def read_steps(plan: Path | None) -> dict[str, Any] | None:
     """The plan of a file, read before anything that takes long."""
     if plan is None:
         return None
-    from mmopt.plans import read_plan
+    from mmopt.search.plan import read_plan
 
     return read_plan(plan)
 
@@ -318,7 +318,7 @@ def optimized(program: Any, plan: dict[str, Any] | None, budget: Any = None, **o
     import mmopt
 
     if plan is not None:
-        from mmopt.plans import apply_plan
+        from mmopt.search.plan import apply_plan
 
         return apply_plan(program, plan, **options)
     return mmopt.optimize(program, budget=budget, **options)
@@ -379,7 +379,7 @@ def export(
             result = optimized(program, steps, observers=[lambda name, report: now(name)], **options)
             program, reports = result.program, result.reports
         if fit is not None:
-            from mmopt.flow_schedule import keep_fits
+            from mmopt.search.flow_budget import keep_fits
 
             program, report = keep_fits(program, fit, fit_steps or [10, 8], polish, lambda n: now(f"fitting {n} steps"))
             reports = [*reports, report]
@@ -410,7 +410,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Answer one question about images with an exported engine."""
-    from mmopt.engine import Engine
+    from mmopt.runtime.engine import Engine
 
     with progress("loading"):
         loaded = Engine(engine, provider=provider, threads=threads)
@@ -452,7 +452,7 @@ def paint(
     as_json: JsonOption = False,
 ) -> None:
     """Paint pictures of a text with an exported engine."""
-    from mmopt.engine import Engine
+    from mmopt.runtime.engine import Engine
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"{out}: expected the name of a picture: .png, .jpg or .webp")
@@ -479,7 +479,7 @@ def prefix(
     as_json: JsonOption = False,
 ) -> None:
     """Read the beginning of prompts once and store it for `mmopt run --prefix`."""
-    from mmopt.engine import Engine
+    from mmopt.runtime.engine import Engine
 
     with progress("reading"):
         made = Engine(engine, provider=provider, threads=threads).prefix(text, image or [])
@@ -503,7 +503,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Replay recorded cases of the reference implementation; exit 1 if anything differs."""
-    from mmopt.cases import passed, replay, table
+    from mmopt.conformance.replay import passed, replay
+    from mmopt.conformance.table import table
 
     with progress("verifying") as now:
         points = tuple(a.strip() for a in at.split(",") if a.strip())
@@ -549,9 +550,9 @@ def bench(
 
     Where images lie outside the text, few-shot prompts are timed instead, with the passes and without.
     """
-    from mmopt.benchmark import bench as measure
-    from mmopt.fewshot import bench_fewshot
-    from mmopt.report import bench_plot, bench_text, fewshot_text, painting_text
+    from mmopt.measure.bench import bench as measure
+    from mmopt.measure.bench_fewshot import bench_fewshot
+    from mmopt.measure.tables import bench_plot, bench_text, fewshot_text, painting_text
 
     if sum([paint, shots is not None, quality is not None]) > 1:
         raise ValueError("--paint, --shots and --quality measure different things: give one of them")
@@ -567,7 +568,7 @@ def bench(
     with progress("measuring") as now:
         model = get_model(checkpoint, config, dtype, parts(language_model, vision, vae, ln_post, more), random=True)
         if paint:
-            from mmopt.bench_painting import bench_painting
+            from mmopt.measure.bench_generation import bench_painting
 
             counts = [int(k) for k in prompt_lengths.split(",")]
             result = bench_painting(model, counts, rounds=rounds or 5, threads=threads, progress=now)

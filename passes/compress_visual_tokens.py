@@ -1,7 +1,7 @@
 """Fewer rows of each image: the rest of its stages, and the language model, do with `keep` of them.
 
-Places are found by data flow (`mmopt.visual_places`), methods are plain functions of rows (`mmopt.selection`); what
-follows from fewer rows, tables of positions and keys of attention, is worked out by `mmopt.narrowing`. The number of
+Places are found by data flow (`mmopt.pruning.sites`), methods are plain functions of rows (`mmopt.pruning.methods`); what
+follows from fewer rows, tables of positions and keys of attention, is worked out by `mmopt.pruning.propagate`. The number of
 rows is fixed when the pass runs, so all shapes stay what they were in kind, and engines stay static.
 """
 
@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch.fx import Node
+from mmopt.ir.program import Program
+from mmopt.pruning.apply import compress, cost, find_places
+from mmopt.pruning.methods import METHODS
+from mmopt.pruning.propagate import RefusedError
+from mmopt.pruning.sites import PIXELS, RESIZE, Place
+from mmopt.rewrite.contracts import random_inputs
+from mmopt.rewrite.pass_base import Pass, Report
 
-from mmopt.contracts import random_inputs
-from mmopt.inspection import inspect
-from mmopt.language_places import inside_places, narrow_language
-from mmopt.narrowing import Narrower, RefusedError, Rows
-from mmopt.program import Program, Stage
-from mmopt.rewriting import Pass, Report
-from mmopt.row_positions import carry_places, count_rows
-from mmopt.selection import METHODS
-from mmopt.visual_places import PIXELS, Place, choose, image_places, image_stages, scale_down
-
-RESIZE = "resize"  # the method at pixels: a smaller image
 POSITIONS = ("keep", "renumber")
 
 
 class CompressVisualTokens(Pass):
     """keep: share of an image's rows that stay at `place`, more than 0, at most 1 (nothing is changed).
 
-    method: one of `mmopt.selection.METHODS`, or "resize" at place "pixels". place: a name of `find_places`, by default
+    method: one of `mmopt.pruning.methods.METHODS`, or "resize" at place "pixels". place: a name of `find_places`, by default
     all attentions of the tower, each leaving out some rows, which with this method lost least where it was measured; if
     there are none, where the last stage of the images leaves them. positions: "keep" those that rows of the language
     model had before, or "renumber" them without gaps, which destroys grounding (GAP, arXiv:2506.21873).
@@ -109,88 +104,3 @@ class CompressVisualTokens(Pass):
 def default_place(places: Mapping[str, Place]) -> str:
     spread = [p.name for p in places.values() if len(p.nodes) > 1]
     return spread[0] if spread else [p.name for p in places.values() if p.name == p.stage][-1]
-
-
-def find_places(program: Program) -> list[Place]:
-    """Where a program could do with fewer rows of an image, from its pixels to the layers of the language model."""
-    return [*image_places(program), *inside_places(program)]
-
-
-def cost(program: Program, beside: Program | None = None, images: int = 1) -> float:
-    """FLOPs of the images of a typical prompt and of reading it: up to the first new token of a sample.
-
-    beside: a program whose prompt has as much text, however few rows its images take.
-    """
-    info = program.info
-    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * images if beside else 0
-    found = inspect(program, batch=1, images=images, new_tokens=1, context=info["context"] - fewer)["totals"]
-    return float(found.get("encode_flops_per_image", 0) * images + found["prefill_flops"])
-
-
-def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:
-    """`kept` rows of each image from a place on. RefusedError says why that cannot be done there."""
-    if place.stage not in image_stages(program):
-        return narrow_language(program, place, kept, method)
-    made = program.copy()
-    if method == RESIZE:
-        cuts = {place.nodes[0]: scale_down(kept, made.weights)}
-    else:
-        counts = zip(place.nodes, place.counts(kept), strict=True)
-        cuts = {node: choose(count, method, made.weights) for node, count in counts}
-    runs: dict[str, Narrower] = {}
-    results: dict[str, list[Node]] = {}
-    border: dict[str, tuple[str, Rows]] = {}  # value -> the stage that makes it, and its rows
-    for name in image_stages(program):
-        stage = program.stages[name]
-        given = {n: border[k][1] for k, n in stage.input_nodes().items() if k in border}
-        run = Narrower(stage.graph, given, cuts if name == place.stage else None)
-        values = run.run()
-        border |= {k: (name, run.rows[n]) for k, n in stage.output_nodes().items() if n in run.rows}
-        if name == place.stage or any(r.new is not None for r in given.values()):
-            runs[name], results[name] = run, values
-    border = {k: found for k, found in border.items() if found[1].new is not None}
-    if "image_rows" in border:
-        if program.info.get("rows_left_out_late"):
-            raise RefusedError("rows of images were left out inside the language model before")
-        name, rows = border["image_rows"]
-        at = program.stages[name].outputs.index("image_rows")
-        if program.info.get("cross"):
-            count_rows(made, rows)
-        elif positions == "keep":
-            results[name][at] = carry_places(made, runs[name].b, results[name][at], rows)
-        else:
-            made.info["rows_per_image"] += int(rows.size - rows.count)
-    made.stages |= finish(program, runs, results, border)
-    return made
-
-
-def finish(
-    program: Program,
-    runs: dict[str, Narrower],
-    results: dict[str, list[Node]],
-    border: dict[str, tuple[str, Rows]],
-) -> dict[str, Stage]:
-    """The stages, last to first: what a stage reads beside rows (their places, their sizes), an earlier one gives."""
-    stages: dict[str, Stage] = {}
-    wanted: set[str] = set()
-    for name in reversed(runs):
-        run, old = runs[name], program.stages[name]
-        outputs, values = list(old.outputs), list(results[name])
-        for k, (maker, rows) in border.items():
-            for kind in ("places", "sizes"):
-                if maker == name and f"{k}_{kind}" in wanted:
-                    outputs.append(f"{k}_{kind}")
-                    values.append(getattr(rows, kind))
-        run.b.output(values)
-        names = {str(n.target): k for k, n in old.input_nodes().items()}
-        inputs = []
-        for n in [n for n in run.b.graph.nodes if n.op == "placeholder"]:
-            if str(n.target) in names:
-                inputs.append(names[str(n.target)])
-            elif n.users:
-                inputs.append(str(n.target))
-                wanted.add(str(n.target))
-            else:
-                run.b.graph.erase_node(n)
-        stages[name] = Stage(run.b.graph, inputs, outputs)
-    return stages

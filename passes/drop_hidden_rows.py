@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmopt.passes.split_calls import row_inputs
-
-from mmopt.graph import CACHED_ATTENTION, Builder, rebuild
-from mmopt.program import Call, Loop, Program, Stage
-from mmopt.rewriting import Pass, Report
-from mmopt.schedule import calls_of
+from mmopt.ir.graph import CACHED_ATTENTION, Builder, rebuild
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite.loops import row_inputs
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.spec.schedule import Call, Loop, calls_of
 
 MASK = 10  # which argument of cached attention hides slots
 

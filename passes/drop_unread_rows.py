@@ -11,9 +11,11 @@ from typing import Any
 import sympy
 from torch.fx import Graph, Node
 
-from mmopt.graph import SLICE, Builder, mapped, on_part, operand_dims, rebuild, shape_of, simplify
-from mmopt.program import Program, Stage
-from mmopt.rewriting import Pass, Report
+from mmopt.ir.graph import SLICE, Builder, mapped, rebuild, shape_of, simplify
+from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite.pass_base import Pass, Report
 
 Demand = tuple[int, Any, Any] | None  # (dim, lo, hi) of a node that is wanted; None = all of it
 

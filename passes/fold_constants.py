@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import ADD, LAYER_NORM, LINEAR, MUL, RESHAPE, SLICE, Builder, rebuild, shape_of
-from mmopt.rewriting import Pass, Report
+from mmopt.ir.graph import ADD, LAYER_NORM, LINEAR, MUL, RESHAPE, SLICE, Builder, rebuild, shape_of
+from mmopt.rewrite.pass_base import Pass, Report
 
 
 class FoldConstants(Pass):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mmopt.graph import (
+from mmopt.ir.graph import (
     ATTENTION,
     CROSS_ATTENTION,
     LINEAR,
@@ -28,9 +28,10 @@ from mmopt.graph import (
     rebuild,
     shape_of,
     symbol,
-)  # fmt: skip
-from mmopt.program import Program, Stage
-from mmopt.rewriting import Pass, Report
+)
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite.pass_base import Pass, Report
 
 MATMULS = (aten.matmul.default, aten.bmm.default)
 HEADS_FIRST = (0, 2, 1, 3)

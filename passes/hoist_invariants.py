@@ -14,13 +14,15 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, on_part, operand_dims, rebuild, shape_of
-from mmopt.loops import why_not_local
-from mmopt.program import Call, Cat, Loop, Program, Stage
-from mmopt.rewriting import Pass, Report
-from mmopt.rows import works_along
-from mmopt.schedule import table_of
-from mmopt.sight import PER_CALL
+from mmopt.ir.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, rebuild, shape_of
+from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite.loops import why_not_local
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.rewrite.row_parts import works_along
+from mmopt.spec.cross_mask import PER_CALL
+from mmopt.spec.schedule import Call, Cat, Loop, table_of
 
 
 class HoistInvariants(Pass):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import LINEAR, Builder, rebuild, shape_of, simplify
-from mmopt.rewriting import Pass, Report
+from mmopt.ir.graph import LINEAR, Builder, rebuild, shape_of, simplify
+from mmopt.rewrite.pass_base import Pass, Report
 
 
 class PackProjections(Pass):

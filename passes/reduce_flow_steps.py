@@ -1,6 +1,6 @@
 """x_1 = x_0 + integral of v = a x_0 + sum b_j v(x_j, t_j): fewer evaluations of the velocity, put together better.
 
-The loop over steps stays as it is; its table of times and coefficients is replaced (`mmopt.solvers`), and the plans
+The loop over steps stays as it is; its table of times and coefficients is replaced (`mmopt.spec.solvers`), and the plans
 that were fitted to the model go along with the Program into its engines.
 """
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmopt.flow_plan import FlowPlan, solve
-from mmopt.flow_reference import relative_errors
-from mmopt.painting import plan_of
-from mmopt.program import Program
-from mmopt.rewriting import Pass, Report
-from mmopt.solvers import make_plan
-from mmopt.velocity import ProgramVelocity
+from mmopt.flow.reference import relative_errors
+from mmopt.flow.velocity import ProgramVelocity
+from mmopt.ir.program import Program
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.spec.flow_plan import FlowPlan, solve
+from mmopt.spec.flow_sampler import plan_of
+from mmopt.spec.solvers import make_plan
 
 FINE, SAMPLES = 60, 4  # evaluations of the reference, and images, that the drift is measured with
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.graph import CAT, LINEAR, Builder, Size, mapped, on_part, operand_dims, shape_of, simplify
-from mmopt.rewriting import Pass, Report
-from mmopt.rows import depth
+from mmopt.ir.graph import CAT, LINEAR, Builder, Size, mapped, shape_of, simplify
+from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.rewrite.row_parts import depth
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmopt.loops import why_not_local
-from mmopt.program import Call, Cat, Loop, Program
-from mmopt.rewriting import Pass, Report
-from mmopt.rows import works_along
+from mmopt.ir.program import Program
+from mmopt.rewrite.loops import why_not_local
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.rewrite.row_parts import works_along
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 class ShareSamples(Pass):

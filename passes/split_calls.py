@@ -13,10 +13,13 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from mmopt.graph import CACHED_ATTENTION, CAT, operand_dims, shape_of
-from mmopt.program import Call, Cat, Loop, Program, Stage
-from mmopt.rewriting import Pass, Report
-from mmopt.schedule import calls_of
+from mmopt.ir.graph import CACHED_ATTENTION, CAT, shape_of
+from mmopt.ir.op_dims import operand_dims
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage
+from mmopt.rewrite.loops import row_inputs
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.spec.schedule import Call, Cat, Loop, calls_of
 
 
 class SplitCalls(Pass):
@@ -132,24 +135,3 @@ def alike(a: Any, b: Any, of: dict[Node, set[Node]], first: Node, last: Node) ->
         one += x if isinstance(x, list | tuple) else [x]
         two += y if isinstance(y, list | tuple) else [y]
     return len(one) == len(two) and all(alike(x, y, of, first, last) for x, y in zip(one, two, strict=True))
-
-
-def row_inputs(stage: Stage) -> tuple[str, str] | str:
-    """The two inputs whose rows a stage with a cache works on, one after the other; or why there are none.
-
-    The stage must carry all that rows see of earlier rows: its attention reads and writes caches, of which `past` slots
-    are filled.
-    """
-    attention = [n for n in stage.graph.nodes if n.target is CACHED_ATTENTION]
-    if not attention or "past" not in stage.inputs or "past" not in stage.outputs:
-        return "it keeps no rows in a cache"
-    names = {n: i for i, n in stage.input_nodes().items()}
-    carried = {names.get(a) for n in attention for a in n.args[3:5]}
-    if not carried <= set(stage.outputs):
-        return "not all of its caches are carried"
-    for n in stage.graph.nodes:
-        if n.target is CAT and n.args[1] == 1 and all(isinstance(a, Node) and a in names for a in n.args[0]):
-            found = [names[a] for a in n.args[0]]
-            if len(found) == 2:
-                return found[0], found[1]
-    return "its rows are not two inputs, one after the other"

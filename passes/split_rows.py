@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from mmopt.graph import WHERE
-from mmopt.rewriting import Pass, Report
-from mmopt.rows import Seams
+from mmopt.ir.graph import WHERE
+from mmopt.rewrite.pass_base import Pass, Report
+from mmopt.rewrite.row_parts import Seams
 
 
 class SplitRows(Pass):

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmopt.passes.compress_visual_tokens import CompressVisualTokens, find_places
 from torch import Tensor, nn
 
 import mmopt
-from mmopt import ops
-from mmopt.checkpoint import Model, from_config
-from mmopt.program import Program
-from mmopt.rewriting import Report
-from mmopt.selection import reduce_rows
+from mmopt.frontend.load import Model, from_config
+from mmopt.ir import ops
+from mmopt.ir.program import Program
+from mmopt.passes.compress_visual_tokens import CompressVisualTokens
+from mmopt.pruning.apply import find_places
+from mmopt.pruning.methods import reduce_rows
+from mmopt.rewrite.pass_base import Report
 
 DATA = Path(__file__).parent / "data"
 GRID, PATCHES, QUERIES = (4, 4), 16, 8
@@ -139,7 +140,7 @@ def pooled(x: Tensor, left: Left, **_: Any) -> tuple[Tensor, Left]:
 
 
 def selected(method: str, keep: int) -> Choice:
-    """What `mmopt.selection`, which has tests of its own, makes of rows, keys and the query that sums them up."""
+    """What `mmopt.pruning.methods`, which has tests of its own, makes of rows, keys and the query that sums them up."""
 
     def choice(x: Tensor, left: Left, q=None, k=None, heads: int = 1, summary=None) -> tuple[Tensor, Left]:
         given = {} if k is None else {"keys": k, "query": q.mean(1) if summary is None else summary, "heads": heads}

@@ -12,7 +12,7 @@ DATA = Path(__file__).parent / "data" / "mplug_owl2"
 
 @pytest.fixture(scope="session")
 def model():
-    from mmopt.checkpoint import load
+    from mmopt.frontend.load import load
 
     return load(DATA)
 
@@ -20,14 +20,14 @@ def model():
 @pytest.fixture(scope="session")
 def program(model):
     """The tiny checkpoint traced for three samples of two images."""
-    from mmopt.tracing import trace
+    from mmopt.frontend.trace import trace
 
     return trace(model, batch=3, images=2, context=64)
 
 
 @pytest.fixture(scope="session")
 def result(program):
-    from mmopt.pipeline import optimize
+    from mmopt.search.optimize import optimize
 
     return optimize(program)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mmopt.checkpoint import Model, load
-from mmopt.plain import tapped
-from mmopt.tracing import trace_stage
+from mmopt.conformance.run_model import tapped
+from mmopt.frontend.load import Model, load
+from mmopt.ir.capture import trace_stage
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 RECORDED = Path(__file__).parent / "data" / "flamingo"

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.checkpoint import Model
-from mmopt.family import Family, Flow, StageSpec, TensorSpec
-from mmopt.text import program_text
-from mmopt.tracing import trace
+from mmopt.frontend.load import Model
+from mmopt.frontend.trace import trace
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
+from mmopt.ir.printer import program_text
+from mmopt.models._family import Family
+from mmopt.spec.manifest import Flow
 
 WIDTH, HEADS, VOCAB, GRID = 32, 4, 40, 4
 
@@ -163,7 +165,7 @@ def repaint(program, change=None, after=()):
 
 def painting_text(program) -> str:
     """The painting schedule alone."""
-    text = program_text(dataclasses.replace(program, stages={}))
+    text = program_text({}, program.schedule, program.painting)
     return text[text.index("painting:") :].rstrip()
 
 

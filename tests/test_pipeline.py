@@ -5,18 +5,20 @@ import time
 import pytest
 import sympy
 import torch
-from mmopt.passes.split_rows import SplitRows
 from toys import D, Routed, Rows, chat, declared, flow, random_values
 
-from mmopt import contracts
-from mmopt.checkpoint import from_config
-from mmopt.contracts import TOLERANCE, ContractError, compare, difference, drawn_weights
-from mmopt.graph import CACHED_ATTENTION, CAT, EXPAND, LINEAR, RMS_NORM, SLICE, rebuild, shape_of
-from mmopt.pipeline import Result, default_passes, optimize, why_unchecked
-from mmopt.program import Call, live_constants
-from mmopt.rewriting import Pass
-from mmopt.text import op_name
-from mmopt.tracing import trace
+from mmopt.frontend.load import from_config
+from mmopt.frontend.trace import trace
+from mmopt.ir.graph import CACHED_ATTENTION, CAT, EXPAND, LINEAR, RMS_NORM, SLICE, rebuild, shape_of
+from mmopt.ir.printer import op_name
+from mmopt.ir.stage import live_constants
+from mmopt.passes.split_rows import SplitRows
+from mmopt.pipeline import Result, default_passes
+from mmopt.rewrite import contracts
+from mmopt.rewrite.contracts import TOLERANCE, ContractError, compare, difference, drawn_weights, why_unchecked
+from mmopt.rewrite.pass_base import Pass
+from mmopt.search.optimize import optimize
+from mmopt.spec.schedule import Call
 
 
 # --------------------------------------------------------------------------------------------------------- contracts
@@ -317,7 +319,7 @@ def test_shapes_and_types_are_as_declared(program, result):
 
 
 def test_half_precision(model):
-    from mmopt.checkpoint import load
+    from mmopt.frontend.load import load
 
     for dtype in ("bfloat16", "float16"):
         half = trace(load(model.directory, dtype=dtype), batch=2, images=1, context=40)

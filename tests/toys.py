@@ -11,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import contracts, ops
-from mmopt.contracts import ContractError
-from mmopt.family import Cross, StageSpec, TensorSpec
-from mmopt.graph import shape_of
-from mmopt.pipeline import optimize
-from mmopt.program import Call, Loop, Program, Stage, evaluate
-from mmopt.rewriting import Pass
-from mmopt.text import op_name, stage_text
-from mmopt.tracing import NextToken, trace_stage
+from mmopt.frontend.trace import NextToken
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec, trace_stage
+from mmopt.ir.graph import shape_of
+from mmopt.ir.printer import op_name, stage_text
+from mmopt.ir.program import Program
+from mmopt.ir.stage import Stage, evaluate
+from mmopt.rewrite import contracts
+from mmopt.rewrite.contracts import ContractError
+from mmopt.rewrite.pass_base import Pass
+from mmopt.search.optimize import optimize
+from mmopt.spec.manifest import Cross
+from mmopt.spec.schedule import Call, Loop
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

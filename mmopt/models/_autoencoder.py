@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.files import CheckpointError, Weights, read_file, read_json
+from mmopt.ir import ops
+from mmopt.models._weight_files import CheckpointError, Weights, read_file, read_json
 
 EPS = 1e-6  # of every norm; no config says it
 FILES = tuple(

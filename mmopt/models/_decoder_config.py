@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmopt.family import read_config
+from mmopt.models._family import read_config
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
+from mmopt.ir import ops
 from mmopt.models._decoder_config import DecoderConfig
 from mmopt.models._stages import on_caches
 

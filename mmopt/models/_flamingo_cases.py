@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmopt.family import Cases, Recording, StageSpec, TensorSpec
+from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._decoders import KINDS
+from mmopt.models._family import Cases, Recording
 
 VISION_TAPS = {
     "act.vit.block{}": "vision_encoder.transformer.resblocks.{}",

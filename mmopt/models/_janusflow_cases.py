@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmopt.family import Cases, Recording
+from mmopt.models._family import Cases, Recording
 
 TOWER = "vision_und_enc_model.vision_tower"
 VISION_TAPS = {

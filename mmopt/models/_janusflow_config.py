@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmopt.family import Flow, read_config
 from mmopt.models._autoencoder import AutoencoderConfig, parse_autoencoder
 from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
+from mmopt.models._family import read_config
+from mmopt.spec.manifest import Flow
 
 # The towers that a published config.json gives by name alone.
 TOWERS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmopt.files import Assembled, CheckpointError, Weights, place, read_json
 from mmopt.models._autoencoder import FILES, read_autoencoder
+from mmopt.models._weight_files import Assembled, CheckpointError, Weights, place, read_json
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 OPTIONS = ("vae", "latent_size")

@@ -16,9 +16,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmopt.files import Assembled, CheckpointError, Weights, read_json
 from mmopt.models._decoder_config import read_decoder_config
 from mmopt.models._decoders import KINDS
+from mmopt.models._weight_files import Assembled, CheckpointError, Weights, read_json
+from mmopt.processing.sentencepiece import convert_sentencepiece, prove_equal
 
 END_OF_CHUNK, IMAGE, PAD = "<|endofchunk|>", "<image>", "<PAD>"
 IDS = ("eoc_token_id", "media_token_id", "pad_token_id")
@@ -312,8 +313,6 @@ def _tokenizer(checkpoint: Weights, language_model: Weights | None) -> Tokenizer
             except Exception as e:  # tokenizers raises plain Exception
                 raise CheckpointError(f"{ready}: not a readable tokenizer.json: {e}") from e
         elif pieces.is_file():
-            from mmopt.sentencepiece import convert_sentencepiece, prove_equal
-
             tokenizer = convert_sentencepiece(pieces)
             prove_equal(pieces, tokenizer)
         else:

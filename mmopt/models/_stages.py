@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmopt import ops
+from mmopt.ir import ops
 
 
 def only(model: nn.Module, *paths: str) -> nn.Module:

@@ -2,7 +2,7 @@
 
 Their parameters, and the modules that hold them, are the library's own, made from config.json: names and shapes are
 those of its checkpoints. What stands here is the plain order in which the parts are called, with the operators of
-`mmopt.ops`. The library is imported only when such a config is loaded.
+`mmopt.ir.ops`. The library is imported only when such a config is loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.family import Cross, StageSpec, TensorSpec
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._stages import Part, on_caches
+from mmopt.spec.manifest import Cross
 
 Inputs = dict[str, TensorSpec | list[TensorSpec]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length of a text
@@ -200,7 +201,7 @@ class CrossModel(nn.Module):
         """The plain definition on whole sequences: embedded rows x ``[B, S, hidden]`` -> logits ``[B, S, vocab]``.
 
         media ``[B, blocks, rows, width]``; seen ``[B, S, blocks]``, attends ``[B, S]`` and sees ``[B, S]``: see
-        `mmopt.sight`. mask ``[B, S]`` is True for real rows; what comes out of the others has no meaning.
+        `mmopt.spec.cross_mask`. mask ``[B, S]`` is True for real rows; what comes out of the others has no meaning.
         """
         c = self.config
 

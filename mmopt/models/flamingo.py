@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.family import Cross, Family, StageSpec, TensorSpec, read_config
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._decoders import ACTIVATIONS, Decoder
+from mmopt.models._family import Family, read_config
 from mmopt.models._flamingo_cases import cases
 from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
 from mmopt.models._stages import Part, only
+from mmopt.spec.manifest import Cross
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
+from mmopt.models._family import Cases, Family, Recording
 from mmopt.models._stages import Part, only
 from mmopt.models._transformers import (
     RECORDED,
@@ -32,6 +33,7 @@ from mmopt.models._transformers import (
     text_stages,
     with_plain_norms,
 )
+from mmopt.spec.manifest import Cross
 
 IMAGE_MARKER = "<image>"
 FAKE_TOKEN = "<fake_token_around_image>"

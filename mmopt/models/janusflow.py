@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.family import Family, StageSpec, TensorSpec
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._autoencoder import AutoencoderKL
 from mmopt.models._decoders import LlamaLayer, RMSNorm
+from mmopt.models._family import Family
 from mmopt.models._janusflow_cases import cases
 from mmopt.models._janusflow_config import Config, TowerConfig, parse_config
 from mmopt.models._janusflow_flow import FlowDecoder, FlowEncoder

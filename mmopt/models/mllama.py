@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt.family import Cases, Cross, Family, Recording, StageSpec, TensorSpec
+from mmopt.ir.capture import StageSpec, TensorSpec
+from mmopt.models._family import Cases, Family, Recording
 from mmopt.models._stages import Part, only
 from mmopt.models._transformers import (
     RECORDED,
@@ -31,6 +32,7 @@ from mmopt.models._transformers import (
     text_stages,
     with_plain_norms,
 )
+from mmopt.spec.manifest import Cross
 
 IMAGE_MARKER = "<|image|>"
 

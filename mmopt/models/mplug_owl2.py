@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmopt import ops
-from mmopt.family import Cases, Family, StageSpec, TensorSpec, read_config
+from mmopt.ir import ops
+from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._decoders import LlamaMLP, RMSNorm
+from mmopt.models._family import Cases, Family, read_config
 from mmopt.models._stages import Part, on_caches, only
 
 IMAGE_ID = -200  # the reference's placeholder for one image among token ids

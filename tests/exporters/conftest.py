@@ -20,9 +20,9 @@ def narrow():
 
 def other_sizes(**sizes):
     """The recorded config with other sizes and random weights, optimized."""
-    from mmopt.checkpoint import from_config
-    from mmopt.pipeline import optimize
-    from mmopt.tracing import trace
+    from mmopt.frontend.load import from_config
+    from mmopt.frontend.trace import trace
+    from mmopt.search.optimize import optimize
 
     raw = json.loads((DATA / "config.json").read_text())
     raw |= {"num_attention_heads": 4, **sizes}

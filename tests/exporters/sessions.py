@@ -6,8 +6,9 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import torch
-from mmopt.exporters.onnx import export
 from onnx import TensorProto
+
+from mmopt.exporters.onnx import export
 
 ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 DATA = Path(__file__).parents[1] / "data" / "mplug_owl2"

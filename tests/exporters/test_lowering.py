@@ -6,12 +6,12 @@ import onnx
 import pytest
 import torch
 import toys
-from mmopt.exporters.emit import ExportError
-from mmopt.exporters.onnx import export
 from sessions import session
 from torch import nn
 
-from mmopt import ops
+from mmopt.exporters.emit import ExportError
+from mmopt.exporters.onnx import export
+from mmopt.ir import ops
 
 
 def gated(m, x):

@@ -7,14 +7,14 @@ import onnx
 import pytest
 import torch
 import toys
-from mmopt.exporters.compare import random_values, sizes_of
-from mmopt.exporters.emit import ExportError
-from mmopt.exporters.onnx import export
 from sessions import session
 from torch import nn
 
-from mmopt import ops
-from mmopt.pipeline import optimize
+from mmopt.exporters.compare import random_values, sizes_of
+from mmopt.exporters.emit import ExportError
+from mmopt.exporters.onnx import export
+from mmopt.ir import ops
+from mmopt.search.optimize import optimize
 
 TARGETS = ["onnx", "tensorrt"]
 CAPACITY = 12
@@ -167,7 +167,7 @@ def test_masked(heads, kv_heads, d, scale, target, tmp_path):
 @pytest.fixture
 def sizes_of_segments(monkeypatch):
     """A trace has no sizes for segments: they come from rewriting a graph."""
-    from mmopt import tracing
+    from mmopt.frontend import trace as tracing
 
     monkeypatch.setattr(tracing, "EXAMPLE", tracing.EXAMPLE | {"S": 6, "L": 8, "K": 9})
 
@@ -223,8 +223,7 @@ def test_comparison_reaches_wrong_segments(tmp_path, monkeypatch):
     """The exporter's own comparison finds a graph that reads keys without their mask, or puts rows in wrong places."""
     from mmopt.exporters import lower_onnxruntime
     from mmopt.exporters.lower_attention import segment_attention
-
-    from mmopt.graph import SEGMENT_ATTENTION
+    from mmopt.ir.graph import SEGMENT_ATTENTION
 
     program = toys.open_gates(toys.beside(blocks=2, together=True))
     program = optimize(program, check=False).program

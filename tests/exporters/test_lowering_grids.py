@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
-from mmopt.exporters.emit import Emitter, ExportError
 from sessions import ELEMENT, in_float16, in_float32, read_by
 from test_lowering_cross import TARGETS, check, exported
 from torch import nn
 
-from mmopt.graph import aten
+from mmopt.exporters.emit import Emitter, ExportError
+from mmopt.ir.graph import aten
 
 HALF = ["float16", "bfloat16"]
 

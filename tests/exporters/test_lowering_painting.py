@@ -8,16 +8,16 @@ import painting_toy
 import pytest
 import torch
 import toys
-from mmopt.exporters import lower_attention
-from mmopt.exporters.onnx import export
 from sessions import ELEMENT, in_float16, in_float32, read_by, session, types_of
 from test_lowering_cross import CAPACITY, TARGETS, check, exported
 from torch import nn
 
-from mmopt import ops
-from mmopt.engine import Engine
-from mmopt.pipeline import optimize
-from mmopt.solvers import make_plan
+from mmopt.exporters import lower_attention
+from mmopt.exporters.onnx import export
+from mmopt.ir import ops
+from mmopt.runtime.engine import Engine
+from mmopt.search.optimize import optimize
+from mmopt.spec.solvers import make_plan
 
 HALF = ["float16", "bfloat16"]
 

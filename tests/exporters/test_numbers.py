@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from sessions import session
+
 from mmopt.exporters import lower_onnxruntime
 from mmopt.exporters.compare import compare_with_program
 from mmopt.exporters.emit import ExportError
 from mmopt.exporters.onnx import export
-from sessions import session
-
-from mmopt.graph import aten
+from mmopt.ir.graph import aten
 
 
 @pytest.fixture(params=["traced", "optimized", "grouped", "narrow"])

@@ -9,18 +9,18 @@ import onnx
 import pytest
 import torch
 import toys
-from mmopt.exporters.emit import ExportError
-from mmopt.exporters.onnx import export
-from mmopt.exporters.weights import Weights, read_header
 from safetensors.torch import load_file
 from sessions import DATA
 from torch import nn
 
-from mmopt.checkpoint import from_config, load
-from mmopt.graph import aten
-from mmopt.pipeline import optimize
-from mmopt.program import live_constants
-from mmopt.tracing import trace
+from mmopt.exporters.emit import ExportError
+from mmopt.exporters.onnx import export
+from mmopt.exporters.weights import Weights, read_header
+from mmopt.frontend.load import from_config, load
+from mmopt.frontend.trace import trace
+from mmopt.ir.graph import aten
+from mmopt.ir.stage import live_constants
+from mmopt.search.optimize import optimize
 
 
 def test_program_json(result, tmp_path):
@@ -154,7 +154,7 @@ def test_link_copies_where_links_are_not_possible(tmp_path, monkeypatch):
 def test_streamed_not_held(tmp_path):
     from safetensors.torch import save_file
 
-    from mmopt.memory import peak_of
+    from mmopt.measure.memory import peak_of
 
     save_file({str(i): torch.randn(1024, 1024) for i in range(24)}, tmp_path / "w.safetensors")
     layers = [nn.Linear(1, 1, bias=False) for _ in range(24)]

@@ -6,12 +6,12 @@ import sys
 
 import onnx
 import pytest
+
 from mmopt.exporters import lower_tensorrt, tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import GateError, check_engine, profiles
-
-from mmopt.graph import aten
-from mmopt.tracing import trace
+from mmopt.frontend.trace import trace
+from mmopt.ir.graph import aten
 
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
 

@@ -5,13 +5,14 @@ from functools import cache
 import onnx
 import pytest
 from compressed import traced
+from sessions import assert_builds
+
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import profiles
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
-from sessions import assert_builds
-
-from mmopt.pipeline import default_passes, optimize
+from mmopt.pipeline import default_passes
+from mmopt.search.optimize import optimize
 
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
 MADE = {  # family, place, method

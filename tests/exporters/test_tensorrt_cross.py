@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from sessions import assert_builds, checked
+
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import profiles
-from sessions import assert_builds, checked
-
-from mmopt.checkpoint import load
-from mmopt.pipeline import optimize
-from mmopt.sight import key_mask, segments, visible
-from mmopt.tracing import trace
+from mmopt.frontend.load import load
+from mmopt.frontend.trace import trace
+from mmopt.search.optimize import optimize
+from mmopt.spec.cross_mask import key_mask, segments, visible
 
 DATA = Path(__file__).parents[1] / "data" / "flamingo"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")

@@ -6,15 +6,16 @@ from functools import cache
 import onnx
 import pytest
 from compressed import CONFIGS
+
+import mmopt
 from mmopt.exporters import lower, lower_tensorrt, tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import check_stages, profiles
+from mmopt.frontend.load import from_config
+from mmopt.ir.graph import ROTARY
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
-
-import mmopt
-from mmopt.checkpoint import from_config
-from mmopt.graph import ROTARY
-from mmopt.pipeline import default_passes, optimize
+from mmopt.pipeline import default_passes
+from mmopt.search.optimize import optimize
 
 LAYERS = 3
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")

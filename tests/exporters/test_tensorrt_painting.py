@@ -6,16 +6,16 @@ from pathlib import Path
 import onnx
 import painting_toy as toy
 import pytest
+from sessions import assert_builds, checked
+
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import profiles
-from sessions import assert_builds, checked
-
-from mmopt.checkpoint import load
-from mmopt.engine import Engine
-from mmopt.engine_painting import EnginePainter
-from mmopt.pipeline import optimize
-from mmopt.tracing import trace
+from mmopt.frontend.load import load
+from mmopt.frontend.trace import trace
+from mmopt.runtime.engine import Engine
+from mmopt.runtime.image_generation import EnginePainter
+from mmopt.search.optimize import optimize
 
 DATA = Path(__file__).parents[1] / "data" / "janusflow"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")

@@ -5,15 +5,15 @@ from dataclasses import replace
 import painting_toy as toy
 import pytest
 import torch
-from mmopt.passes.drop_hidden_rows import DropHiddenRows
-from mmopt.passes.split_calls import SplitCalls
 from toys import DTYPES, before_and_after, caught, flow, twice, unchanged
 
-from mmopt.contracts import compare
-from mmopt.graph import CACHED_ATTENTION
-from mmopt.painting import lay_out
-from mmopt.pipeline import optimize
-from mmopt.program import Cat
+from mmopt.ir.graph import CACHED_ATTENTION
+from mmopt.passes.drop_hidden_rows import DropHiddenRows
+from mmopt.passes.split_calls import SplitCalls
+from mmopt.rewrite.contracts import compare
+from mmopt.search.optimize import optimize
+from mmopt.spec.flow_sampler import lay_out
+from mmopt.spec.schedule import Cat
 
 
 def split(**options):

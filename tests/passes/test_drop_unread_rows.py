@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from mmopt.passes import drop_unread_rows
-from mmopt.passes.drop_unread_rows import DropUnreadRows
 from toys import (
     DTYPES,
     VISUAL_AND_TEXT,
@@ -21,7 +19,9 @@ from toys import (
     unchanged,
 )
 
-from mmopt.graph import shape_of
+from mmopt.ir.graph import shape_of
+from mmopt.passes import drop_unread_rows
+from mmopt.passes.drop_unread_rows import DropUnreadRows
 
 X = {"x": ("B", "nt", D)}
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mmopt.passes.fold_constants import FoldConstants
 from toys import (
     DTYPES,
     D,
@@ -20,9 +19,10 @@ from toys import (
     unchanged,
 )
 
-from mmopt import contracts
-from mmopt.graph import LAYER_NORM, MUL, SLICE, rebuild
-from mmopt.pipeline import optimize
+from mmopt.ir.graph import LAYER_NORM, MUL, SLICE, rebuild
+from mmopt.passes.fold_constants import FoldConstants
+from mmopt.rewrite import contracts
+from mmopt.search.optimize import optimize
 
 X = {"x": ("B", "nt", D)}
 AT = ({"B": 1, "nt": 1}, {"B": 3, "nt": 4})

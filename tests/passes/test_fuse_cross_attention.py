@@ -3,9 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmopt.passes.drop_unread_rows import DropUnreadRows
-from mmopt.passes.fuse_cross_attention import FuseCrossAttention
-from mmopt.passes.hoist_invariants import HoistInvariants
 from toys import (
     CROSS_SIZES,
     DTYPES,
@@ -26,10 +23,14 @@ from toys import (
     unchanged,
 )
 
-from mmopt import contracts, ops
-from mmopt.contracts import compare
-from mmopt.graph import MUL, SEGMENT_ATTENTION, rebuild, shape_of
-from mmopt.pipeline import optimize
+from mmopt.ir import ops
+from mmopt.ir.graph import MUL, SEGMENT_ATTENTION, rebuild, shape_of
+from mmopt.passes.drop_unread_rows import DropUnreadRows
+from mmopt.passes.fuse_cross_attention import FuseCrossAttention
+from mmopt.passes.hoist_invariants import HoistInvariants
+from mmopt.rewrite import contracts
+from mmopt.rewrite.contracts import compare
+from mmopt.search.optimize import optimize
 
 AT = ({"B": 1, "nt": 1, "nv": 2}, {"B": 3, "nt": 4, "nv": 5})
 X = {"x": ("B", "nt", D)}
@@ -457,7 +458,7 @@ def test_keys_of_padding_are_caught():
 
 def broken_host(monkeypatch, name, change):
     """The host makes something else of what it sees."""
-    from mmopt import media
+    from mmopt.ir import interpreter as media
 
     right = getattr(media, name)
     monkeypatch.setattr(media, name, lambda *args: change(right(*args)))
@@ -502,7 +503,7 @@ def test_keys_of_a_wrong_sample_are_caught(monkeypatch):
 
 def test_rows_that_see_nothing_of_their_images_are_caught(monkeypatch):
     """A marker without an image sees all of its sample the same: keys of zero would do, values of zero would not."""
-    from mmopt import media
+    from mmopt.ir import interpreter as media
 
     right = media.gather
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmopt.passes import hoist_invariants
-from mmopt.passes.hoist_invariants import HoistInvariants
 from toys import (
     DTYPES,
     MARKER,
@@ -28,10 +26,13 @@ from toys import (
     unchanged,
 )
 
-from mmopt import contracts, ops
-from mmopt.contracts import compare
-from mmopt.pipeline import optimize
-from mmopt.program import Call
+from mmopt.ir import ops
+from mmopt.passes import hoist_invariants
+from mmopt.passes.hoist_invariants import HoistInvariants
+from mmopt.rewrite import contracts
+from mmopt.rewrite.contracts import compare
+from mmopt.search.optimize import optimize
+from mmopt.spec.schedule import Call
 
 X = {"x": ("N", 4, D)}
 
@@ -145,7 +146,7 @@ class ForgetsAttention(HoistInvariants):
 
 
 def negated(stage):
-    from mmopt.graph import LINEAR, MUL, rebuild, shape_of
+    from mmopt.ir.graph import LINEAR, MUL, rebuild, shape_of
 
     def visit(b, n, args):
         if n.target is LINEAR:

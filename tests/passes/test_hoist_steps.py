@@ -5,15 +5,15 @@ from dataclasses import replace
 import painting_toy as toy
 import pytest
 import torch
+from toys import DTYPES, before_and_after, caught, ops_of, twice
+
 from mmopt.passes import hoist_invariants
 from mmopt.passes.hoist_invariants import HoistInvariants
 from mmopt.passes.share_samples import ShareSamples
 from mmopt.passes.split_calls import SplitCalls
-from toys import DTYPES, before_and_after, caught, ops_of, twice
-
-from mmopt.contracts import compare
-from mmopt.program import Call, Cat, Loop
-from mmopt.solvers import make_plan
+from mmopt.rewrite.contracts import compare
+from mmopt.spec.schedule import Call, Cat, Loop
+from mmopt.spec.solvers import make_plan
 
 
 def ready(**options):

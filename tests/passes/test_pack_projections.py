@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmopt.passes.pack_projections import PackProjections
 from toys import (
     DTYPES,
     D,
@@ -20,8 +19,9 @@ from toys import (
     unchanged,
 )
 
-from mmopt.graph import CAT, rebuild
-from mmopt.program import live_constants
+from mmopt.ir.graph import CAT, rebuild
+from mmopt.ir.stage import live_constants
+from mmopt.passes.pack_projections import PackProjections
 
 X = {"x": ("B", "nt", D)}
 AT = ({"B": 1, "nt": 1}, {"B": 3, "nt": 4})

@@ -3,9 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmopt.passes import rejoin_rows
-from mmopt.passes.rejoin_rows import RejoinRows
-from mmopt.passes.split_rows import SplitRows
 from toys import (
     DTYPES,
     SIZES,
@@ -24,8 +21,11 @@ from toys import (
     unchanged,
 )
 
-from mmopt import ops
-from mmopt.graph import LINEAR, shape_of
+from mmopt.ir import ops
+from mmopt.ir.graph import LINEAR, shape_of
+from mmopt.passes import rejoin_rows
+from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.split_rows import SplitRows
 
 
 def split(program):

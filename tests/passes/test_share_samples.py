@@ -5,13 +5,13 @@ from dataclasses import replace
 import painting_toy as toy
 import pytest
 import torch
+from toys import DTYPES, caught, flow, twice, unchanged
+
 from mmopt.passes import share_samples
 from mmopt.passes.share_samples import ShareSamples
 from mmopt.passes.split_calls import SplitCalls
-from toys import DTYPES, caught, flow, twice, unchanged
-
-from mmopt.contracts import compare
-from mmopt.program import Call, Cat
+from mmopt.rewrite.contracts import compare
+from mmopt.spec.schedule import Call, Cat
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from dataclasses import replace
 import painting_toy as toy
 import pytest
 import torch
-from mmopt.passes.split_calls import SplitCalls
 from toys import DTYPES, caught, chat, flow, twice, unchanged
 
-from mmopt.contracts import compare
-from mmopt.graph import CACHED_ATTENTION
-from mmopt.program import Call, Cat, Loop
+from mmopt.ir.graph import CACHED_ATTENTION
+from mmopt.passes.split_calls import SplitCalls
+from mmopt.rewrite.contracts import compare
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmopt.passes.rejoin_rows import RejoinRows
-from mmopt.passes.split_rows import SplitRows
 from toys import (
     DTYPES,
     VISUAL_AND_TEXT,
@@ -22,8 +20,11 @@ from toys import (
     unchanged,
 )
 
-from mmopt import ops, rows
-from mmopt.graph import shape_of
+from mmopt.ir import ops
+from mmopt.ir.graph import shape_of
+from mmopt.passes.rejoin_rows import RejoinRows
+from mmopt.passes.split_rows import SplitRows
+from mmopt.rewrite import row_parts as rows
 
 
 def two_parts(run, **parts):

@@ -1,0 +1,104 @@
+"""Where a program can do with fewer visual rows, and what is put there: places found by data flow, and their cuts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from mmopt.ir.graph import ATTENTION, CACHED_ATTENTION, CONV2D, RESHAPE, shape_of
+from mmopt.ir.program import Program
+from mmopt.pruning.propagate import Narrower, Rows
+from mmopt.spec.schedule import Call
+
+PIXELS = "pixels"  # the place where an image is still one: it can be scaled down there
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value that holds the rows of an image, and through which all goes that is made of them.
+
+    name: "vision.3" is after the third attention of stage vision, "vision.all" after each of them, fewer and fewer,
+    "vision" is where its rows leave it, "pixels" before they are rows. rows: how many there are, of a grid ``(height,
+    width)`` if known.
+    """
+
+    name: str
+    stage: str
+    rows: int
+    grid: tuple[int, int] | None
+    nodes: tuple[Node, ...]
+
+    def counts(self, kept: int) -> list[int]:
+        """How many rows stay after each of `nodes`, the last time `kept`."""
+        return [self.rows - round((self.rows - kept) * (i + 1) / len(self.nodes)) for i in range(len(self.nodes))]
+
+    def __str__(self) -> str:
+        grid = f" ({self.grid[0]} x {self.grid[1]})" if self.grid else ""
+        return f"{self.name}: {self.rows} rows of an image{grid}"
+
+
+def image_stages(program: Program) -> list[str]:
+    """The stages that make rows of pixels, in the order of their calls."""
+    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedule)]  # type: ignore[union-attr]
+
+
+def follow(program: Program) -> dict[str, Narrower]:
+    """Where the rows of an image lie in each image stage, as it is."""
+    border: dict[str, Rows] = {}
+    found = {}
+    for name in image_stages(program):
+        stage = program.stages[name]
+        given = {n: border[k] for k, n in stage.input_nodes().items() if k in border}
+        found[name] = Narrower(stage.graph, given)
+        found[name].run()
+        border |= {k: found[name].rows[n] for k, n in stage.output_nodes().items() if n in found[name].rows}
+    return found
+
+
+def image_places(program: Program) -> list[Place]:
+    """Places in the stages that make rows of pixels."""
+    places = []
+    for stage, narrower in follow(program).items():
+        first: dict[int, Place] = {}  # by how many attentions came before
+        last = None
+        for n, passed in alone(narrower):
+            held = narrower.rows[n]
+            if n.target is RESHAPE and n.args[0].target is CONV2D:  # type: ignore[union-attr]
+                places.append(Place(PIXELS, stage, held.count, held.grid, (n,)))
+            elif held.dim == 1 and len(shape_of(n)) == 3:
+                last = Place(stage, stage, held.count, held.grid, (n,))
+                first.setdefault(passed, replace(last, name=f"{stage}.{passed}"))
+        inside = [p for passed, p in first.items() if passed and last and p.nodes != last.nodes]
+        if len(inside) > 1:
+            inside.append(replace(inside[-1], name=f"{stage}.all", nodes=tuple(n for p in inside for n in p.nodes)))
+        places += inside
+        places += [last] if last else []
+    return [p for p in places if p.rows > 1]
+
+
+def alone(narrower: Narrower, among: Collection[Node] | None = None) -> Iterator[tuple[Node, int]]:
+    """Values with rows of an image through which all goes that is made of inputs, and the attentions before each.
+
+    among: only what is made of these inputs counts, and of that not what is kept in caches, nor whole numbers.
+    """
+    last_use = {a: n for n in narrower.graph.nodes for a in n.all_input_nodes if n.op != "output" or among is None}
+    live: set[Node] = set()
+    fed: set[Node] = set()
+    passed = 0
+    for n in narrower.graph.nodes:
+        begins = n.op == "placeholder" if among is None else n in among
+        if n in last_use and (begins or any(a in fed for a in n.all_input_nodes)) and n.meta["dtype"] != torch.int64:
+            fed.add(n)
+            live.add(n)
+        live -= {a for a in n.all_input_nodes if last_use.get(a) is n}
+        passed += n.target in (ATTENTION, CACHED_ATTENTION)
+        held = narrower.rows.get(n)
+        if held and n.op == "call_function" and live == {n} and (among or isinstance(held.count, int)):
+            yield n, passed
+
+
+RESIZE = "resize"  # the method at pixels: a smaller image

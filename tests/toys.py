@@ -22,7 +22,7 @@ from mmopt.rewrite import contracts
 from mmopt.rewrite.contracts import ContractError
 from mmopt.rewrite.pass_base import Pass
 from mmopt.search.optimize import optimize
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 from mmopt.spec.schedule import Call, Loop
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -168,7 +168,7 @@ class Embed(nn.Module):
         return self.table(ids)
 
 
-INFO = {"image_id": -200, "rows_per_image": ROWS, "hidden_size": D, "vocab_size": VOCAB, "eos_ids": [2]}
+INFO = {"image_id": -200, "tokens_per_image": ROWS, "hidden_size": D, "vocab_size": VOCAB, "eos_ids": [2]}
 
 
 def chat(
@@ -467,10 +467,10 @@ def beside(
         Loop((Call("next_token"), Call("embed"), Call("language_model")), trips="max_new_tokens", until="done"),
     )
     cross = Cross(blocks, ROWS, MEDIA, before, together, reset)
-    info = INFO | {"image_id": MARKER, "rows_per_image": 1, "cross": dataclasses.asdict(cross)}
+    info = INFO | {"image_id": MARKER, "tokens_per_image": 1, "cross": dataclasses.asdict(cross)}
     info |= {"batch": 3, "images": images, "context": 64, "torch_dtype": dtype}
     info |= {"family": "toy", "dtype": str(dtype).removeprefix("torch."), "bos_id": None, "image_marker": "<image>"}
-    info["processing"] = {
+    info.processing = {
         "image": {"size": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
         "chat": {"user": "", "assistant": "", "separator": "", "end": "", "image": "<image>"},
     }

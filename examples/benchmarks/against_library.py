@@ -47,15 +47,15 @@ def draw(engine, images: int, text: int):
     """(ids, what the image stages take, tiles of each image or None) of one random prompt."""
     g, info = np.random.default_rng(0), engine.info
     shape = engine.decoder.pixels["shape"][1:]
-    ids = g.integers(3, min(info["vocab_size"], info["image_id"]) - 2, text).tolist()
+    ids = g.integers(3, min(info.vocab_size, info.image_id) - 2, text).tolist()
     for i in range(images):
-        ids[1 + i * (text // max(images, 1))] = info["image_id"]
+        ids[1 + i * (text // max(images, 1))] = info.image_id
     inputs = {"pixel_values": g.standard_normal((images, *shape), np.float32)}
     tiles = None
-    if info["cross"]["blocks"] > 1:
+    if info.cross.tiles > 1:
         tiles = [1] * images
         inputs["aspect_ratio_ids"] = np.ones((images, 1), np.int64)[:, 0]
-        inputs["aspect_ratio_mask"] = np.eye(1, info["cross"]["blocks"], dtype=np.int64).repeat(images, 0)
+        inputs["aspect_ratio_mask"] = np.eye(1, info.cross.tiles, dtype=np.int64).repeat(images, 0)
         inputs["pixel_values"][:, 1:] = 0
     return ids, inputs, tiles
 
@@ -80,9 +80,7 @@ def main() -> None:
         engine = mmopt.Engine(mmopt.export(result.program, Path(out) / "engine", check=False), threads=args.threads)
         theirs = library_model(model, Path(out) / "checkpoint")
         ids, inputs, tiles = draw(engine, args.images, args.text)
-        seen, _, _ = masks(
-            visible(ids, args.images, engine.info, tiles=tiles), args.images * engine.info["cross"]["blocks"]
-        )
+        seen, _, _ = masks(visible(ids, args.images, engine.info, tiles=tiles), args.images * engine.info.cross.tiles)
         given = {k: torch.from_numpy(x)[None] for k, x in inputs.items()}
         given |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if tiles is None:

@@ -64,7 +64,7 @@ def steps_of(program: mmopt.Program, compression: mmopt.Pass) -> dict[str, list[
         names |= set(own)
         made[kind] = [p for p in default_passes() if p.name in names]
     made[COMPRESSION] = [compression, *default_passes()]
-    if program.painting:
+    if program.schedules.image:
         made[STEPS] = [*made[COMPRESSION], ReduceFlowSteps()]
     return made
 
@@ -85,7 +85,7 @@ class Step:
         counted: dict[str, Any] = {}
         if paint:
             plan, noise = plan_of(None, self.program.info), draw_noise(1, info, 0)
-            ids = np.random.default_rng(0).integers(3, info["vocab_size"], PROMPT).tolist()
+            ids = np.random.default_rng(0).integers(3, info.vocab_size, PROMPT).tolist()
             self.calls[PAINT] = partial(engine.paint, [ids], solver=plan, noise=noise)
             self.painted = torch.from_numpy(self.calls[PAINT]().latents)
             counted = {"prompt_length": PROMPT, "steps": plan.passes // 2}
@@ -145,8 +145,8 @@ def measure(
     program = mmopt.trace(model)
     place = list(places_of(program))[1]
     compression = {"place": place} | compression
-    cpu, kind = torch.device("cpu"), program.info["torch_dtype"]
-    paint = bool(program.painting) and paint_rounds > 0
+    cpu, kind = torch.device("cpu"), program.dtype
+    paint = bool(program.schedules.image) and paint_rounds > 0
     with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as folder:
         steps = build(program, CompressVisualTokens(**compression), check, Path(folder), threads, paint, tell)
         times, limits = {}, {}
@@ -172,8 +172,8 @@ def measure(
         "compression": {k: getattr(CompressVisualTokens(**compression), k) for k in ("place", "method", "keep")},
         "sizes": {
             "parameters": sum(p.numel() for p in model.module.parameters()),
-            "context": program.info["context"],
-            "rows_per_image": program.info["rows_per_image"],
+            "context": program.info.context,
+            "tokens_per_image": program.info.tokens_per_image,
             "text": len(next(iter(steps.values())).stages.inputs.ids),
             "rounds": rounds,
             "paint_rounds": paint_rounds if paint else 0,

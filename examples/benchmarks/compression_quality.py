@@ -277,7 +277,7 @@ def main() -> None:
     listed = ways([*there], places, methods, [float(k) for k in args.keeps.split(",")])
     chosen = {n: first(t, args.limit) for n, t in tasks.items() if n in (names or tasks)}
     sizes = {"parameters": sum(w.numel() for w in program.weights.values()), "places": there}
-    sizes |= {k: program.info[k] for k in ("rows_per_image", "context", "batch", "images")}
+    sizes |= {k: program.info[k] for k in ("tokens_per_image", "context", "batch", "images")}
     facts = {"checkpoint": args.checkpoint, "command": " ".join(["python", *sys.argv]), "limit": args.limit}
     facts |= conditions(torch.device("cpu"), THREADS, program.info)
     facts |= {"positions": args.positions, "rounds": args.rounds, "sizes": sizes}

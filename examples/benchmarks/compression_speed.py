@@ -80,11 +80,11 @@ def early(places: Sequence[Place], stage: str, share: float) -> str:
 def inputs_of(engine: mmopt.Engine) -> Inputs:
     """A random image, the random text of the typical prompt after it, and one more token."""
     info, shape, random = engine.info, engine.decoder.pixels["shape"], np.random.default_rng(0)
-    most = info["image_id"] if 0 < info["image_id"] < info["vocab_size"] else info["vocab_size"]
+    most = info.image_id if 0 < info.image_id < info.vocab_size else info.vocab_size
     ids = random.integers(3, most, len(typical_prompt(info, 1, 0))).tolist()
     pixels = random.standard_normal((1, *shape[-3:]), np.float32)
     pixels = pixels[:, None] if engine.decoder.takes_frames else pixels
-    return Inputs(pixels, ids[:-1], 0, info["rows_per_image"], ids[-1])
+    return Inputs(pixels, ids[:-1], 0, info.tokens_per_image, ids[-1])
 
 
 def build(
@@ -134,8 +134,8 @@ def measure(
         "command": " ".join(["python", *sys.argv]),
         "sizes": {
             "parameters": sum(p.numel() for p in model.module.parameters()),
-            "context": program.info["context"],
-            "rows_per_image": program.info["rows_per_image"],
+            "context": program.info.context,
+            "tokens_per_image": program.info.tokens_per_image,
             "text": len(typical_prompt(program.info, 1, 0)) - 1,
             "rounds": rounds,
         },
@@ -160,7 +160,7 @@ def group(
         calls: dict[tuple[str, Any], Callable[[], Any]] = {
             (name, w): partial(s.run, name) for name in ("encode", "prefill") for w, s in stages.items()
         }
-        cpu, kind = torch.device("cpu"), program.info["torch_dtype"]
+        cpu, kind = torch.device("cpu"), program.dtype
         times, limits = in_rounds(calls, rounds, cpu, kind, threads, partial(tell, f"{place}:"), lambda _: REPEATS)
     taken = {w: [np.array([min(r) for r in times[name, w]]) for name in ("encode", "prefill")] for w in stages}
     base, counted = taken[ways[0]], [*built[ways[0]][1]["flops"].values()]
@@ -203,7 +203,7 @@ def text(config: str, found: dict[str, Any]) -> str:
     """One config as a table."""
     console, sizes = headed(config, found), found["sizes"]
     console.print(
-        f"{sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows_per_image']} rows of the image among the text or "
+        f"{sizes['parameters'] / 1e6:.1f} M parameters; {sizes['tokens_per_image']} rows of the image among the text or "
         f"its marker, {sizes['text']} rows of text; {sizes['rounds']} interleaved rounds; ms"
     )
     heads = ("place", "method", "rows", "FLOP", "encode", "prefill", FIRST, "least", "x paired", "minima", "FLOPs")

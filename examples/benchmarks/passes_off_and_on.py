@@ -33,8 +33,8 @@ def measure(directory: Path, shots: list[int], rounds: int, threads: int) -> dic
     images = {n: e.decoder.image(e.encode_images(pixels)) for n, e in engines.items()}
     for k in shots:
         n = SHOT * (k + 1)
-        ids = random.integers(3, engines["on"].info["image_id"], n).tolist()
-        ids[::SHOT] = [engines["on"].info["image_id"]] * (k + 1)
+        ids = random.integers(3, engines["on"].info.image_id, n).tolist()
+        ids[::SHOT] = [engines["on"].info.image_id] * (k + 1)
         caches = {name: Cache(e.decoder.layout, 1) for name, e in engines.items()}
         for name, e in engines.items():
             e.decoder.prefill(caches[name], 0, ids, [images[name]] * (k + 1))

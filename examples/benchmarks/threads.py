@@ -45,7 +45,7 @@ def calls_of(directory: Path, threads: int, spin: bool) -> dict[str, Callable[[]
         stages.run("prefill")
 
     made = {"first token": first, "decode": lambda: stages.run("decode")}
-    if engine.info["flow"]:
+    if engine.info.flow:
         ids = list(range(3, 35))
         made["painting, 2 steps"] = lambda: engine.paint([ids], steps=2, seed=0)
     return made

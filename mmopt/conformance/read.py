@@ -44,7 +44,7 @@ def read_cases(
     paths: Iterable[str | Path],
     checkpoint: Path | None,
     image_id: int,
-    rows_per_image: int,
+    tokens_per_image: int,
     layout: Cases | None = None,
     info: dict[str, Any] | None = None,
     image_dims: int = 3,
@@ -95,7 +95,7 @@ def read_cases(
                 if (pixels := given.get("in.pixel_values")) is not None:
                     case.pixel_values = pixels.flatten(0, -image_dims - 1)
             elif info is None:
-                read_among(case, given, image_id, rows_per_image)
+                read_among(case, given, image_id, tokens_per_image)
             else:
                 read_apart(case, given, info, image_dims, layout.tiles)
             cases.append(case)

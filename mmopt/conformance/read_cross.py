@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmopt.conformance.case import Sights, same
 from mmopt.spec.cross_mask import Before, Seen, Sight, masks
+from mmopt.spec.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from mmopt.conformance.case import Case
 
 
-def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image_dims: int, tiles: str | None) -> None:
+def read_apart(case: Case, given: dict[str, Tensor], info: ModelInfo, image_dims: int, tiles: str | None) -> None:
     """A case whose images lie outside the text: markers are rows of the text like others.
 
     `image_dims`: dimensions of an image. `tiles`: the image input whose ones count the blocks of an image.
@@ -44,7 +45,7 @@ def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image
     case.sights = read_sights(case, given, info, tiles)
 
 
-def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tiles_name: str | None) -> Sights:
+def read_sights(case: Case, given: dict[str, Tensor], info: ModelInfo, tiles_name: str | None) -> Sights:
     name, prompts, valid, pixels = case.name, case.prompts, case.valid, case.pixel_values
     batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
     inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}
@@ -55,7 +56,7 @@ def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tile
     if tiles_name in inputs:
         tiles = inputs[tiles_name].sum(-1).clamp(min=1).tolist()  # an image that fills up a sample has one, unseen
     earlier = given.get("in.before_ids")
-    before = [0] * batch if earlier is None else (earlier == info["image_id"]).sum(1).tolist()
+    before = [0] * batch if earlier is None else (earlier == info.image_id).sum(1).tolist()
     after, rows = [], []
     for b, prompt in enumerate(prompts):
         own = None if tiles is None else tiles[b * count : (b + 1) * count]
@@ -67,7 +68,7 @@ def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tile
         if seen.shape != (*valid.shape, sights.blocks):
             wanted = (*valid.shape, sights.blocks)
             raise ValueError(f"{name}: expected a mask of images of shape {wanted}, found {tuple(seen.shape)}")
-        nothing: Seen = Before(range(sights.blocks)) if info["cross"]["before"] == "everything" else None
+        nothing: Seen = Before(range(sights.blocks)) if info.cross.leading_text == "all_images" else None
         said = [[tuple(row.nonzero().flatten().tolist()) or nothing for row in seen[b, valid[b]]] for b in range(batch)]
         if not same(said, rows, sights.blocks):
             sights.given = said

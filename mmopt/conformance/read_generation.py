@@ -48,18 +48,18 @@ def read_painted(case: Case, given: dict[str, Tensor], flow: dict[str, Any] | No
     name, noise = case.name, given["in.paint.noise"]
     if flow is None:
         raise ValueError(f"{name}: it is a painting, but this model paints no images")
-    if noise.dim() != 4 or tuple(noise.shape[1:]) != tuple(flow["latents"]) or not len(noise):
-        wanted = ", ".join(map(str, flow["latents"]))
+    if noise.dim() != 4 or tuple(noise.shape[1:]) != tuple(flow.latents) or not len(noise):
+        wanted = ", ".join(map(str, flow.latents))
         raise ValueError(f"{name}: expected noise of shape (images, {wanted}), found {tuple(noise.shape)}")
     prompts = _prompts(case, given, len(noise))
-    info = {"flow": flow, "context": max(map(len, prompts)) + flow["rows"], "vocab_size": flow["vocab_size"]}
+    info = {"flow": flow, "context": max(map(len, prompts)) + flow.tokens, "vocab_size": flow["vocab_size"]}
     try:
         samples = lay_out(prompts, info)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     plan = make_plan("euler", _steps(case), guidance=_guidance(case))
     plan = replace(plan, guided=np.ones(plan.evaluations, bool))  # the reference makes both passes whatever the weight
-    case.painting = Painted(prompts, noise.float(), plan, samples, flow)
+    case.schedules = case.schedules.replaced(image=Painted(prompts, noise.float(), plan, samples, flow))
 
 
 def _prompts(case: Case, given: dict[str, Tensor], count: int) -> list[list[int]]:

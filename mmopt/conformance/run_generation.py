@@ -79,7 +79,7 @@ def at_program(program: Program, case: Case) -> Pairs:
     watch = Watch(painting.plan.evaluations)
     made = program.paint(painting.prompts, painting.noise, painting.plan, watch)
     samples = lay_out(painting.prompts, program.info)
-    seen = None if program.info["flow"].get("compact") else painting.seen
+    seen = None if program.info.flow.get("compact") else painting.seen
     whole = {"latents": made["trajectory"], "image": made.get("image"), "seen": seen}
     if made.get("image") is not None:
         whole["levels"] = torch.from_numpy(levels(made["image"].numpy()))
@@ -110,7 +110,7 @@ def lay_beside(case: Case, watch: Watch, whole: dict[str, Tensor | None], sample
     painting, pairs = _of(case), {}
     plan = painting.plan
     whole = {
-        "times": torch.tensor(plan.times * painting.flow["time_scale"], dtype=torch.float32),
+        "times": torch.tensor(plan.times * painting.flow.time_scale, dtype=torch.float32),
         "interval": torch.tensor([plan.cond[0, 0] + plan.uncond[0, 0]], dtype=torch.float32),
     } | whole
     for name, wanted in case.outputs.items():

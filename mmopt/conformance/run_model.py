@@ -37,7 +37,7 @@ def read_model_cases(paths: Iterable[str | Path], model: Model, passed_over: lis
     stages = model.family.stages(model.module, 1)
     dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
     cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow,
+        paths, model.directory, model.image_id, model.config.tokens_per_image, cases_of(model), info, dims - 1, flow,
         passed_over,
     )  # fmt: skip
     eos = model.config.eos_token_id
@@ -134,8 +134,8 @@ class Apart:
         self.needs_sees = "sees" in language
         blocks, batch = max(1, self.sights.blocks), len(case.prompts)
         if case.pixel_values is None:
-            cross = self.sights.info["cross"]
-            self.media = torch.zeros(batch, blocks, cross["rows"], cross["width"], dtype=model.dtype)
+            cross = self.sights.info.cross
+            self.media = torch.zeros(batch, blocks, cross.tokens, cross.width, dtype=model.dtype)
         else:
             inputs = {"pixel_values": case.pixel_values.to(model.dtype), **self.sights.inputs}
             rows = model.module.encode_images(**inputs)  # type: ignore[operator]

@@ -15,6 +15,9 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+import mmopt.ir.ops  # noqa: F401  registers the operators named below
+from mmopt.spec.model_info import ModelInfo
+
 aten = torch.ops.aten
 
 mm = torch.ops.mmopt
@@ -64,6 +67,11 @@ def simplify(size: Any) -> Size:
         size = sympy.expand(size)
         return int(size) if size.is_Integer else size
     return int(size)
+
+
+def torch_dtype(info: ModelInfo) -> torch.dtype:
+    """That of a model's weights."""
+    return getattr(torch, info.dtype)
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:

@@ -19,6 +19,7 @@ import torch._inductor.config
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model, load
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.program import Program
 from mmopt.measure import memory as memory_of
 from mmopt.measure.baselines import ROUTINGS, Shared
@@ -29,6 +30,7 @@ from mmopt.measure.variants import STAGES, EngineStages, Inputs
 from mmopt.pipeline import run_passes
 from mmopt.rewrite.contracts import ContractError, difference
 from mmopt.runtime.engine import Engine
+from mmopt.spec.model_info import ModelInfo
 
 REPEATS = {"encode": 1, "prefill": 1, "decode": 4}  # timed calls in a round; decode is short
 CHOOSING_ROUNDS = 5
@@ -131,7 +133,7 @@ class _Bench:
             self.skipped["compiled"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
 
     def _export(self) -> None:
-        path = export(self.optimized, self.directory / "engine", target="onnx", dtype=self.info["torch_dtype"])
+        path = export(self.optimized, self.directory / "engine", target="onnx", dtype=torch_dtype(self.info))
         try:
             engine = Engine(path, provider=self.device.type, threads=self.threads)
         except ValueError as e:  # this ONNX Runtime has no such provider
@@ -143,7 +145,7 @@ class _Bench:
         """All stages of all variants, and the limits of the machine, in interleaved rounds."""
         calls = {(s, name): _call(v, s, self.device) for s in STAGES for name, v in self.variants.items()}
         self.times, limits = in_rounds(
-            calls, rounds, self.device, self.info["torch_dtype"], self.threads, tell, REPEATS.__getitem__, limit_bytes
+            calls, rounds, self.device, torch_dtype(self.info), self.threads, tell, REPEATS.__getitem__, limit_bytes
         )
         self.limits = summary(limits)
 
@@ -166,7 +168,7 @@ class _Bench:
             **conditions(self.device, self.threads, self.info),
             "sizes": {
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "context": self.info["context"],
+                "context": self.info.context,
                 "filled": i.filled,
                 "prompt": {"leading_text": i.leading, "image": i.image_rows, "text": len(i.ids) - i.leading},
                 "new_tokens": new_tokens,
@@ -248,7 +250,7 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
             value = torch.as_tensor(variant.logits())
             reference = expected.setdefault(stage, value)
             found.setdefault(name, {})[stage] = float((value - reference).abs().max())
-            dtype = program.info["torch_dtype"]
+            dtype = program.dtype
             if wrong := difference(reference.to(dtype), value.to(dtype)):
                 error, allowed = wrong
                 raise ContractError(
@@ -257,10 +259,10 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
     return found
 
 
-def conditions(device: torch.device, threads: int, info: dict[str, Any]) -> dict[str, Any]:
+def conditions(device: torch.device, threads: int, info: ModelInfo) -> dict[str, Any]:
     """What a figure is worth nothing without: device, threads, dtype and versions."""
     versions = {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")}
-    return {"device": device_name(device), "threads": threads, "dtype": info["dtype"], "versions": versions}
+    return {"device": device_name(device), "threads": threads, "dtype": info.dtype, "versions": versions}
 
 
 def device_name(device: torch.device) -> str:

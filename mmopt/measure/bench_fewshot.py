@@ -19,6 +19,7 @@ import torch._inductor.config as inductor
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import SHOT, inspect
 from mmopt.measure.baselines import Shared, torch_stage
 from mmopt.measure.bench import conditions
@@ -104,8 +105,8 @@ class _Bench:
         random = np.random.default_rng(0)
         size = self.engines["passes on"].decoder.pixels["shape"][1:]
         self.pictures = list(random.integers(0, 256, (images, *size[-2:], 3), np.uint8))
-        text = random.integers(3, min(self.info["vocab_size"], self.info["image_id"]), SHOT * images).tolist()
-        text[::SHOT] = [self.info["image_id"]] * images
+        text = random.integers(3, min(self.info.vocab_size, self.info.image_id), SHOT * images).tolist()
+        text[::SHOT] = [self.info.image_id] * images
         self.text, self.token = text, int(text[1])
         tell("encoding images")
         self.ready = {n: e._ready(self.pictures)[0] for n, e in self.engines.items()}
@@ -242,7 +243,7 @@ class _Bench:
     # --------------------------------------------------------------------------------------------------------- results
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        dtype, stages = self.info["torch_dtype"], list(dict.fromkeys(s for s, _ in self.calls))
+        dtype, stages = torch_dtype(self.info), list(dict.fromkeys(s for s, _ in self.calls))
         times, limits = in_rounds(
             self.calls, rounds, cpu, dtype, self.threads, self.tell, lambda s: DECODES if s.startswith("decode") else 1
         )
@@ -252,9 +253,9 @@ class _Bench:
             "kind": "few-shot",
             **conditions(cpu, self.threads, self.info),
             "sizes": {
-                "family": self.info["family"],
+                "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "context": self.info["context"],
+                "context": self.info.context,
                 "rounds": rounds,
                 "shots": self.shots,
             },

@@ -19,6 +19,7 @@ import torch
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import inspect
 from mmopt.measure.bench import conditions
 from mmopt.measure.ratios import spread
@@ -98,7 +99,7 @@ class _Bench:
         self.calls: dict[tuple[str, str], Callable[[], Any]] = {}
         self.agreement: dict[str, dict[str, float]] = {}
         for length in lengths:
-            prompt = random.integers(3, self.info["vocab_size"], length).tolist()
+            prompt = random.integers(3, self.info.vocab_size, length).tolist()
             stage, made = f"image, prompt of {length} ids", {}
             for name, plan in self.plans.items():
                 tell(f"{stage}: {name}")
@@ -126,15 +127,15 @@ class _Bench:
 
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        by_round, limits = in_rounds(self.calls, rounds, cpu, self.info["torch_dtype"], self.threads, self.tell)
+        by_round, limits = in_rounds(self.calls, rounds, cpu, torch_dtype(self.info), self.threads, self.tell)
         times = {key: [seconds for (seconds,) in each] for key, each in by_round.items()}
         return {
             "kind": "painting",
             **conditions(cpu, self.threads, self.info),
             "sizes": {
-                "family": self.info["family"],
+                "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "rows": self.info["flow"]["rows"],
+                "rows": self.info.flow.tokens,
                 "rounds": rounds,
                 "plans": {k: {"name": p.name, "passes": p.passes} for k, p in self.plans.items()},
             },

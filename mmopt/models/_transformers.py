@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmopt.ir import ops
 from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._stages import Part, on_caches
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 
 Inputs = dict[str, TensorSpec | list[TensorSpec]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length of a text

@@ -67,7 +67,7 @@ def test_group(program, monkeypatch, tmp_path):
     assert stages is None
     assert "would save" in refused["refused"]
     found = {"device": "d", "threads": 1, "dtype": "float32", "versions": {"torch": "2"}, "limits": {"a": limits}}
-    sizes = {"parameters": 1e6, "rows_per_image": 9, "text": 63, "rounds": 1}
+    sizes = {"parameters": 1e6, "tokens_per_image": 9, "text": 63, "rounds": 1}
     found |= {"sizes": sizes, "rows": [*rows, refused], "notes": ["a note"]}
     shown = speed.text("tiny", json.loads(json.dumps(found)))
     assert shown.count("pool") == 2  # one row of the table, one refusal

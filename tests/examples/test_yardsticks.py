@@ -78,7 +78,7 @@ def test_blind_pictures_are_nothing_but_the_mean(yard):
     task = yardsticks.blind(yard.program, yard.tasks["colour or shape"])
     original = yard.tasks["colour or shape"].samples[3]
     assert (task.samples[3].id, task.samples[3].answers) == (original.id, original.answers)
-    pixels = processor_of(yard.program.info["processing"]["image"])([open_image(task.samples[3].images[0])])
+    pixels = processor_of(yard.program.info.processing.image)([open_image(task.samples[3].images[0])])
     assert np.abs(pixels).max() < 0.01
 
 

@@ -87,7 +87,7 @@ def test_builder_refusal_is_named(small, tmp_path, monkeypatch):
 
 
 def test_profiles():
-    info = {"batch": 4, "images": 2, "context": 64, "rows_per_image": 9}
+    info = {"batch": 4, "images": 2, "context": 64, "tokens_per_image": 9}
     cache = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
     prompt, text, decode = profiles(cache, info)
     assert prompt["visual"] == [(1, 0, 8), (1, 9, 8), (1, 18, 8)]

@@ -66,7 +66,7 @@ def test_only_standard_operators(optimized, program, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ profiles
 def info(blocks=1, images=2, batch=3, context=32, rows=8, **kind):
     cross = {"blocks": blocks, "rows": rows, "width": 6, "before": "nothing", "together": False, "reset": False} | kind
-    return {"batch": batch, "images": images, "context": context, "rows_per_image": 1, "image_id": 9, "cross": cross}
+    return {"batch": batch, "images": images, "context": context, "tokens_per_image": 1, "image_id": 9, "cross": cross}
 
 
 TRACED = {

@@ -56,8 +56,8 @@ def test_a_stage_that_does_not_convert_is_named(optimized, tmp_path, monkeypatch
     right = tensorrt.profiles
 
     def too_long(inputs, info):
-        flow = info["flow"] | {"rows": info["context"]}
-        return right(inputs, info | {"flow": flow, "context": info["context"] + 2})
+        flow = info.flow | {"rows": info.context}
+        return right(inputs, info | {"flow": flow, "context": info.context + 2})
 
     monkeypatch.setattr(tensorrt, "profiles", too_long)
     with pytest.raises(tensorrt.GateError, match="stage language_model"):
@@ -93,7 +93,7 @@ def fits(least, largest, shape):
 
 def test_profiles():
     language = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
-    info = {"batch": 3, "images": 1, "context": 40, "rows_per_image": 4, "flow": {"rows": 16, "steps": 30}}
+    info = {"batch": 3, "images": 1, "context": 40, "tokens_per_image": 4, "flow": {"rows": 16, "steps": 30}}
     prompt, step, *reading = profiles(language, info)
     assert (prompt["visual"][2], prompt["text"][0], prompt["text"][2]) == ((6, 0, 8), (1, 1, 8), (6, 23, 8))
     assert (step["visual"][0], step["visual"][2], step["text"][0]) == ((1, 1, 8), (6, 24, 8), (1, 16, 8))

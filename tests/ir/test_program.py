@@ -90,11 +90,11 @@ def test_forced_ids_are_fed_instead_of_the_likeliest(small_program):
 
 def test_the_cache_may_be_filled_to_its_last_row(small, small_program):
     info = small_program.info
-    prompt = [3, 4, info["image_id"], 5, 6, 7]
+    prompt = [3, 4, info.image_id, 5, 6, 7]
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    fits = info["context"] - count_rows(prompt, info) + 1
+    fits = info.context - count_rows(prompt, info) + 1
     made = small_program([prompt], pixels, max_new_tokens=fits, ignore_eos=True)
-    assert int(made["past"]) == info["context"] == small.config.max_position_embeddings
+    assert int(made["past"]) == info.context == small.config.max_position_embeddings
     with pytest.raises(ValueError, match="trace with a larger context"):
         small_program([prompt], pixels, max_new_tokens=fits + 1)
     # the last token from a cache filled row by row is the one that a single prefill gives
@@ -108,7 +108,7 @@ def test_no_new_tokens(small_program):
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-INFO = {"image_id": -200, "rows_per_image": 9, "batch": 2, "images": 2, "context": 30, "vocab_size": 100}
+INFO = {"image_id": -200, "tokens_per_image": 9, "batch": 2, "images": 2, "context": 30, "vocab_size": 100}
 
 
 def test_chunks_begin_with_their_images():
@@ -162,7 +162,7 @@ def test_refused_limits(small, limits, why):
 
 
 def test_the_default_context_is_what_the_model_allows(small):
-    assert trace(small).info["context"] == 48
+    assert trace(small).info.context == 48
 
 
 def test_stages_refuse_wrong_inputs(small_program):

@@ -37,8 +37,8 @@ def test_attention_loses_its_mask(painter, snapshot):
     assert report.rewrites == ["language_model: 2 attentions lose a mask; rows hidden by it are left out of the cache"]
     assert (masks(painter), masks(after)) == (2, 0)
     assert "seen" not in after.stages["language_model"].inputs
-    assert after.info["flow"]["compact"]
-    assert "compact" not in painter.info["flow"]  # the program given stays as it is
+    assert after.info.flow.compact
+    assert "compact" not in painter.info.flow  # the program given stays as it is
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,7 +169,7 @@ class KeepsPadding(DropHiddenRows):
 
     def run(self, program, report):
         made = super().run(program, report)
-        del made.info["flow"]["compact"]
+        del made.info.flow.compact
         return made
 
 

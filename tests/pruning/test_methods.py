@@ -374,7 +374,7 @@ def program(method, n, keep, grid, dtype=torch.float32, sized=False):
     shapes |= {"sizes": (("N", n), torch.float32)} if sized else {}
     names = ["rows", "places", *(["counts"] if sized or METHODS[method].merges else [])]
     made = toys.single(toys.Function(run), shapes, names, dtype)
-    made.info |= {"batch": 3, "images": 1, "context": 8, "rows_per_image": 1}
+    made.info |= {"batch": 3, "images": 1, "context": 8, "tokens_per_image": 1}
     return made, run
 
 

@@ -288,7 +288,7 @@ def test_images_in_the_text(words, monkeypatch):
 
     monkeypatch.setitem(words.info, "eos_ids", likely(logits, prompt, 1, skip=2))
     for beams, penalty in itertools.product((2, 4), (-2.0, 0.0, 1.0)):
-        expected = searched(logits, prompt, beams, LIMIT, words.info["eos_ids"], penalty)
+        expected = searched(logits, prompt, beams, LIMIT, words.info.eos_ids, penalty)
         made = words.generate(
             prompt, PICTURES, max_new_tokens=LIMIT, beams=beams, length_penalty=penalty, logprobs=True
         )

@@ -461,7 +461,7 @@ class Fed:
 
 def wide(directories, traced, tmp_path):
     """An engine with room for several turns."""
-    program = trace(load(traced.info["directory"]), batch=1, images=4, context=256)
+    program = trace(load(traced.info.directory), batch=1, images=4, context=256)
     return Engine(export(optimize(program, check=False).program, tmp_path / "wide"), threads=1)
 
 

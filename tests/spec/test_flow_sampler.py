@@ -285,7 +285,7 @@ def fitted(steps, guidance):
 
 def test_fitted_plans_come_first(plain):
     plans = [fitted(5, 2.0), fitted(10, 2.0), fitted(5, 4.0)]
-    info = plain.info | {"flow": plain.info["flow"] | {"plans": [p.to_json() for p in plans]}}
+    info = plain.info | {"flow": plain.info.flow | {"plans": [p.to_json() for p in plans]}}
     assert choose_plan(None, None, None, info) == plans[1]
     assert choose_plan(None, 5, None, info) == plans[0]
     assert choose_plan("fitted", 5, 4.0, info) == plans[2]
@@ -318,8 +318,8 @@ def test_plans_that_cannot_be(plain, options, why):
 # ------------------------------------------------------------------------------------------------ schedules and painter
 def test_schedules_as_json(plain, optimized):
     for program in (plain, optimized):
-        assert tuple(from_json(to_json(i)) for i in program.painting) == program.painting
-        assert tuple(from_json(to_json(i)) for i in program.schedule) == program.schedule
+        assert tuple(from_json(to_json(i)) for i in program.schedules.image) == program.schedules.image
+        assert tuple(from_json(to_json(i)) for i in program.schedules.text) == program.schedules.text
 
 
 def test_a_call_says_what_it_reads_and_writes():
@@ -374,7 +374,7 @@ class Later(Pass):
 
     def run(self, program, report):
         made = program.copy()
-        made.info["flow"]["time_scale"] *= 1.1
+        made.info.flow.time_scale *= 1.1
         report.did("flow_time: wrong")
         return made
 
@@ -385,8 +385,10 @@ class Darker(Pass):
     def run(self, program, report):
         made = program.copy()
         made.weights = dict(made.weights, **{"pixels.weight": made.weights["pixels.weight"] * 1.1})
-        *rest, last = made.painting
-        made.painting = (*rest, dataclasses.replace(last, rename={"latents": "velocity"}))
+        *rest, last = made.schedules.image
+        made.schedules = made.schedules.replaced(
+            image=(*rest, dataclasses.replace(last, rename={"latents": "velocity"}))
+        )
         report.did("decode_image: wrong")
         return made
 

@@ -10,15 +10,14 @@ import onnxruntime as ort
 import sympy
 import torch
 
-from mmopt.spec.model_info import ModelInfo
 from mmopt.exporters.emit import ExportError, output_name
-from mmopt.exporters.weights import 
-from mmopt.spec.manifest import Manifest
 from mmopt.ir.graph import CACHED_ATTENTION, shape_of, symbol
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite import contracts
 from mmopt.rewrite.contracts import why_unchecked
+from mmopt.spec.manifest import Manifest
+from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.prompt import LATE, LEFT_OUT
 
 MOST_BYTES = 1 << 30  # of weights: a session holds them all
@@ -71,7 +70,7 @@ def sizes_of(stage: Stage, info: ModelInfo) -> list[dict[str, int]]:
     """Sizes to try: with and without rows of an image, several rows on a cache (one sample), one row of all samples."""
     symbols = {str(s) for n in stage.placeholders() for s in shape_of(n) if isinstance(s, sympy.Symbol)}
     image = min(info.tokens_per_image, info.context - 8)
-    keys = (info.cross.tokens if info.cross else 1)
+    keys = info.cross.tokens if info.cross else 1
     frames = min(3, info.max_frames or 3)
     tried = [
         {"B": 1, "N": 1, "F": frames, "n": 1, "nv": image, "nt": 3, "nb": 1, "S": 2, "L": 2, "K": keys},

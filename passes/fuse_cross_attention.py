@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def gate_of(n: Node) -> int | None:
 # ------------------------------------------------------------------------------------------------------------ segments
 def cut_masks(program: Program, name: str, report: Report) -> None:
     """Replace `cross_attention` over all images by `segment_attention`; changes the stage's inputs and the info."""
-    stage, cross = program.stages[name], program.info.cross
+    stage, cross = program.stages[name], program.info.required_cross
     inputs = {n: k for k, n in stage.input_nodes().items()}
     cut = []
     for n in (n for n in stage.graph.nodes if n.target is CROSS_ATTENTION):
@@ -195,6 +196,6 @@ def cut_masks(program: Program, name: str, report: Report) -> None:
             env[n] = b.copy(n, mapped(n.args, env))
     program.stages[name] = Stage(b.graph, names, stage.outputs)
     calls = [c for c in program.calls() if c.stage == name]
-    chosen = {calls[0].rename.get(inputs[x], inputs[x]): kind for x, kind in kinds.items()}
-    program.info = replace(program.info, cross_kv=program.info.cross_kv | chosen)
+    chosen = {calls[0].sources(inputs[x])[0]: kind for x, kind in kinds.items()}
+    program.info = replace(program.info, cross_kv={**program.info.cross_kv, **chosen})
     report.did(f"{name}: {len(cut)} cross-attentions read the keys that their rows see, without a mask")

@@ -7,6 +7,7 @@ that were fitted to the model go along with the Program into its engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class ReduceFlowSteps(Pass):
         """How far each plan's latents are from those of many small steps, over a few random prompts and noises."""
         random, info = np.random.default_rng(0), before.info
         prompts = [random.integers(0, info.vocab_size, 8).tolist() for _ in range(SAMPLES)]
-        noise = random.standard_normal((SAMPLES, *info.flow.latents)).astype(np.float32)
+        noise = random.standard_normal((SAMPLES, *info.required_flow.latents)).astype(np.float32)
         velocity = ProgramVelocity(before, prompts)
         plans = [plan_of(None, p.info) for p in (before, after)]
         fine = make_plan("ab2", FINE, guidance=plans[1].guidance)

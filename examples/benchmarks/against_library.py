@@ -80,7 +80,10 @@ def main() -> None:
         engine = mmopt.Engine(mmopt.export(result.program, Path(out) / "engine", check=False), threads=args.threads)
         theirs = library_model(model, Path(out) / "checkpoint")
         ids, inputs, tiles = draw(engine, args.images, args.text)
-        seen, _, _ = masks(visible(ids, args.images, engine.info, tiles=tiles), args.images * engine.info.cross.tiles)
+        seen, _, _ = masks(
+            visible(ids, args.images, engine.info.required_cross, engine.info.image_id, tiles=tiles),
+            args.images * engine.info.cross.tiles,
+        )
         given = {k: torch.from_numpy(x)[None] for k, x in inputs.items()}
         given |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if tiles is None:

@@ -225,7 +225,7 @@ def sight_pair(case: Case, mean: str, wanted: Tensor) -> tuple[Tensor, Tensor]:
         "out.sight.time": torch.tensor([t for r in sights.rows for t in sights.time(r)]),
         "out.sight.seen": (seen & sees[:, None]).long(),
         "out.sight.blind": (~attends).long(),
-        "out.sight.marker": torch.tensor([int(t == sights.info.image_id) for p in case.prompts for t in p]),
+        "out.sight.marker": torch.tensor([int(t == sights.image_id) for p in case.prompts for t in p]),
     }[mean]
     theirs = case.real(wanted)
     return ours, theirs.clamp(max=beyond) if mean == "out.sight.time" else theirs.reshape(ours.shape)

@@ -72,8 +72,11 @@ class Group:
     """Some images that are computed together."""
 
     def __init__(self, program: Program, prompts: Sequence[Sequence[int]], gradients: bool = False):
-        self.count, self.scale = len(prompts), program.info.flow.time_scale
-        samples, nothing = lay_out(prompts, program.info), make_plan("euler", 1)
+        self.count, self.scale = len(prompts), program.info.required_flow.time_scale
+        samples, nothing = (
+            lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size),
+            make_plan("euler", 1),
+        )
         self.painter = program.painter(samples, nothing, gradients=gradients)
         place = next(i for i, item in enumerate(program.schedules.image) if isinstance(item, Loop))
         loop, before = program.schedules.image[place], program.schedules.image[:place]

@@ -48,7 +48,7 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
     """
     c = model.config
     flow = None if model.family.flow is None else model.family.flow(c)
-    context = min(512 + (flow.rows if flow else 0), c.max_position_embeddings) if context is None else context
+    context = min(512 + (flow.tokens if flow else 0), c.max_position_embeddings) if context is None else context
     for name, value in (("batch", batch), ("images", images), ("context", context)):
         if value < (0 if name == "images" else 1):
             raise ValueError(f"{name} is {value}, expected a positive number")

@@ -46,7 +46,7 @@ def torch_painter(
     inputs = {k: {i: n.meta["shape"] for i, n in s.input_nodes().items()} for k, s in stages.items()}
     painter = TorchPainter(schedule, inputs, samples, plan, trips)
     painter.values |= {k: torch.from_numpy(v) for k, v in samples.values().items()}
-    painter.values["steps.time"] = torch.tensor(plan.times * info.flow.time_scale, dtype=torch.float32)
+    painter.values["steps.time"] = torch.tensor(plan.times * info.required_flow.time_scale, dtype=torch.float32)
     width, dtype, both = info.hidden_size, torch_dtype(info), len(samples.ids)
     painter.values["no_rows"] = torch.zeros(both, 0, width, dtype=dtype)
     for k, (size, kind) in state.items():
@@ -57,12 +57,12 @@ def torch_painter(
 
 def paint(painter: Callable[..., Painter], info: ModelInfo, prompts: list[list[int]], noise: Tensor, plan: Any) -> dict:
     """See `Program.paint`; `painter` makes one of samples, a plan and what is called after each evaluation."""
-    shape = (len(prompts), *info.flow.latents)
+    shape = (len(prompts), *info.required_flow.latents)
     if tuple(noise.shape) != shape or noise.dtype != torch.float32:
         raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}, expected float32 of shape {shape}")
     plan = plan_of(plan, info)
     trajectory: list[Tensor] = []
-    samples = lay_out(prompts, info)
+    samples = lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     made_by = painter(samples, plan, lambda k, latents: trajectory.append(latents))
     with torch.inference_mode():
         latents = made_by.paint(noise)

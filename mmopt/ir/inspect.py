@@ -83,7 +83,7 @@ def inspect(
     `prompt_length` ids (by default 32, or as many as fit) and `steps` guided steps (by default the reference's). Raises
     ValueError if the images or the prompt do not fit the context.
     """
-    given = {"batch": batch, "images": images, "context": context}
+    given: dict[str, Any] = {"batch": batch, "images": images, "context": context}
     info = dataclasses.replace(program.info, **{k: v for k, v in given.items() if v is not None})
     prompt = typical_prompt(info, info.images)
     rows = len(prompt) + info.images * (info.tokens_per_image - 1)
@@ -91,11 +91,11 @@ def inspect(
     chunks = plan([prompt] * info.batch, info, new_tokens)
     calls = _calls(program, info, chunks, rows, new_tokens)
     conventions = [*CONVENTIONS, _prompt_text(info, prompt, rows)]
-    room = program.info.context - info.flow.tokens if program.schedules.image else 0
+    room = program.info.context - info.required_flow.tokens if program.schedules.image else 0
     if program.schedules.image and prompt_length is None and room < 2:
         conventions.append("painting: not counted, the context holds no image with a prompt of two ids.")
     elif program.schedules.image:
-        steps = steps or info.flow.steps
+        steps = steps or info.required_flow.steps
         prompt_length = min(PROMPT, room) if prompt_length is None else prompt_length
         calls += Count(program, prompt_length, 1, steps).run()
         conventions.append(f"painting: one image of a prompt of {prompt_length} ids, {steps} guided steps.")
@@ -169,7 +169,7 @@ def _calls(program: Program, info: ModelInfo, chunks: list[Chunk], past: int, ne
                 add([item], 1, {"N": batch * info.images, "F": 1, "B": batch, "nb": blocks}, 0)
         elif item.over:
             phase, before = "prefill", 0
-            sight = Sight(info, info.images) if cross else None
+            sight = Sight(cross, info.image_id, info.images) if cross else None
             for c in (c for c in chunks if c.sample == 0):
                 sizes = {"B": 1, "nv": 0 if cross else len(c.images) * image_rows, "nt": len(c.ids), "n": 1}
                 sizes |= seen(sight, c.ids) | {"n": sizes["nv"] + sizes["nt"]}

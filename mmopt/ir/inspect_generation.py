@@ -21,7 +21,7 @@ class Count:
 
     def __init__(self, program: Program, length: int, images: int, steps: int):
         self.program, self.steps, self.images = program, steps, images
-        info, flow = program.info, program.info.flow
+        info, flow = program.info, program.info.required_flow
         both = 2 * images
         rows = length - 1
         if length < 2 or rows + 1 + flow.tokens > info.context:
@@ -30,7 +30,7 @@ class Count:
                 f"{info.context}: a prompt has at least two ids"
             )
         # (samples, rows of the prompt that are fed) of each half of the guidance
-        compact = flow.get("compact", False)
+        compact = flow.compact
         self.halves = [(images, rows), (images, 1)] if compact and rows > 1 else [(both, rows)]
         self.values: dict[str, Shape] = {
             "latents": (images, *flow.latents),
@@ -76,7 +76,7 @@ class Count:
         work, rows = Work(), 0
         for samples, fed in self.halves if cached else [(sizes["B"], 0)]:
             own = dict(sizes, B=samples)
-            if cached and call.source("text") == "prompt.text" and self.program.info.flow.get("compact"):
+            if cached and call.source("text") == "prompt.text" and self.program.info.required_flow.compact:
                 own["nt"] = fed
             before = self.filled.get(str(past), fed) if cached else 0
             work = added(work, count_work(stage, own, before))

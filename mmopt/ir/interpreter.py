@@ -180,12 +180,14 @@ class Media:
         before: list[int] | None,
         tiles: list[int] | None,
     ):
-        self.info, self.blocks = info, info.cross.tiles
+        self.info, self.blocks = info, info.required_cross.tiles
         self.of_sample = [c.images for c in chunks]
         self.sights = []
         for b, c in enumerate(chunks):
             counted = None if tiles is None else [tiles[i] for i in c.images]
-            self.sights.append(Sight(self.info, len(c.images), counted, before[b] if before else 0))
+            self.sights.append(
+                Sight(self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0)
+            )
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
         for call in (i for i in schedule if not hasattr(i, "body")):
@@ -200,7 +202,7 @@ class Media:
         if "media" in values or ("image_rows" not in values and any(self.of_sample)):
             return
         rows: Any = values.get("image_rows")
-        shape = (self.info.cross.tokens, self.info.cross.width)
+        shape = (self.info.required_cross.tokens, self.info.required_cross.width)
         media = torch.zeros(len(self.of_sample), self.most, *shape, dtype=torch_dtype(self.info))
         for b, images in enumerate(self.of_sample):
             if images:
@@ -225,7 +227,7 @@ class Media:
         given = seen_inputs(rows, apart["media"].shape[1])
         if not self.segmented:
             return {k: torch.from_numpy(x) for k, x in given.items()}
-        keys = self.info.cross.tokens
+        keys = self.info.required_cross.tokens
         chosen = segments(rows, keys)
         made = {k: torch.from_numpy(x) for k, x in (given | segment_inputs(chosen, keys)).items()}
         for k, kind in self.segmented.items():

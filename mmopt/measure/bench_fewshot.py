@@ -103,7 +103,7 @@ class _Bench:
             self.engines[name] = Engine(path, provider="cpu", threads=threads, keep_bytes=4 << 30)
         self.info = self.plain.info
         random = np.random.default_rng(0)
-        size = self.engines["passes on"].decoder.pixels["shape"][1:]
+        size = self.engines["passes on"].decoder.pixels.sizes()
         self.pictures = list(random.integers(0, 256, (images, *size[-2:], 3), np.uint8))
         text = random.integers(3, min(self.info.vocab_size, self.info.image_id), SHOT * images).tolist()
         text[::SHOT] = [self.info.image_id] * images
@@ -159,7 +159,9 @@ class _Bench:
             for x, (shape, kind) in self.plain.state.items()
         }
         tiles = [i.tiles for i in self.ready["passes off"][: k + 1]]
-        seen = visible(self.text[:n], k + 1, info, tiles=None if tiles[0] is None else tiles)  # type: ignore[arg-type]
+        seen = visible(
+            self.text[:n], k + 1, info.required_cross, info.image_id, tiles=None if tiles[0] is None else tiles
+        )  # type: ignore[arg-type]
         embed, language = self.plain.stages["embed"], self.plain.stages["language_model"]
         for stage, ids, visible_rows, past in (
             ("prefill", self.text[:n], seen, 0),

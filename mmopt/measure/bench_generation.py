@@ -81,7 +81,7 @@ class _Bench:
         self.model, self.lengths, self.threads, self.tell = model, lengths, threads, tell
         tell("tracing")
         flow = model.family.flow(model.config)  # type: ignore[misc]
-        plain = trace(model, batch=1, images=1, context=lengths[-1] + flow.rows)
+        plain = trace(model, batch=1, images=1, context=lengths[-1] + flow.tokens)
         tell("optimizing")
         cached = run_passes(plain, [SplitCalls(), HoistInvariants()], check=False).program
         self.programs = dict(zip(ENGINES, (plain, cached, run_passes(plain, check=False).program), strict=True))
@@ -135,7 +135,7 @@ class _Bench:
             "sizes": {
                 "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "rows": self.info.flow.tokens,
+                "rows": self.info.required_flow.tokens,
                 "rounds": rounds,
                 "plans": {k: {"name": p.name, "passes": p.passes} for k, p in self.plans.items()},
             },

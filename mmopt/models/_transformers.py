@@ -276,7 +276,7 @@ def text_stages(
     cache = [TensorSpec(("B", c.num_key_value_heads, capacity, c.head_dim), dtype)] * c.num_hidden_layers
     inputs: Inputs = {
         "text": TensorSpec(("B", "nt", c.hidden_size), dtype),
-        "media": TensorSpec(("B", "nb", cross.rows, cross.width), dtype),
+        "media": TensorSpec(("B", "nb", cross.tokens, cross.width), dtype),
         "seen": TensorSpec(("B", "nt", "nb"), torch.bool),
         "attends": TensorSpec(("B", "nt"), torch.bool),
     }

@@ -180,7 +180,9 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
                 return Difference(stage, name, node, *found)
         for stage, name, _ in missing:
             return Difference(stage, name, "no longer made", float("inf"), 0.0)
-        paints = before.schedules.image and before.info.context - before.info.flow.tokens >= 2  # else no image fits
+        paints = (
+            before.schedules.image and before.info.context - before.info.required_flow.tokens >= 2
+        )  # else no image fits
         if paints and (wrong := compare_painting(before, after, weights, size, seed)):
             return wrong
     return None
@@ -194,10 +196,10 @@ def compare_painting(
     What else the stages make may change with the number of samples and of calls.
     """
     g = torch.Generator().manual_seed(seed * 1000 + size)
-    rows = before.info.context - before.info.flow.tokens
+    rows = before.info.context - before.info.required_flow.tokens
     lengths = [min(rows, n) for n in ((6,), (2, 7, 4))[size]]
     prompts = [torch.randint(0, before.info.vocab_size, (n,), generator=g).tolist() for n in lengths]
-    noise = torch.randn(len(prompts), *before.info.flow.latents, generator=g)
+    noise = torch.randn(len(prompts), *before.info.required_flow.latents, generator=g)
     plan = make_plan("euler", 3, guidance=3.0)
     uncond = np.array(plan.uncond)
     uncond[:, 2] = 0  # the last evaluation is made without the unconditional pass
@@ -249,7 +251,7 @@ def why_unchecked(program: Program) -> str | None:
     values = sum(w.numel() for w in program.weights.values())
     flops = 2.0 * values * 2 * 2 * (3 * program.info.tokens_per_image + 40)
     if program.schedules.image:  # three steps of one and of three images, in two halves
-        flops += 2.0 * values * 2 * 3 * 4 * 2 * program.info.flow.tokens
+        flops += 2.0 * values * 2 * 3 * 4 * 2 * program.info.required_flow.tokens
     if flops > BUDGET:
         return f"about {flops / 1e12:.0f} TFLOP, more than {BUDGET / 1e12:.0f}; ask for it with check=True"
     return None

@@ -145,7 +145,7 @@ class Decoder:
 
     def sees_ahead(self, ids: Sequence[int]) -> bool:
         """Whether rows of a prompt see images that come after it, so that these change them."""
-        return bool(self.cross) and self.cross.leading_text == "all_images" and ids[0] != self.info.image_id
+        return self.cross is not None and self.cross.leading_text == "all_images" and ids[0] != self.info.image_id
 
     def encode(self, pixels: Any, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
         """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time.
@@ -278,7 +278,7 @@ class Decoder:
 
     def given(self, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
         """The inputs of a call of the language model that tell what each row of each view sees."""
-        model, cross = self.language, self.info.cross
+        model, cross = self.language, self.info.required_cross
         counts = [len(v.images) * cross.tiles for v in views]
         most, blind = max(1, *counts), any(r == () for row in rows for r in row)
         if self.whole and len(set(counts)) > 1 and blind:
@@ -288,7 +288,7 @@ class Decoder:
         images = [v.images or ([self.nothing] if blind else []) for v in views]
         made = seen_inputs(rows, most)
         for name in self.whole:
-            shape = model.inputs[name].shape[2:]
+            shape = model.inputs[name].sizes(2)
             made[name] = np.zeros((len(views), most, *shape), np.float32)
             for b, own in enumerate(images):
                 for i, block in zip(range(most), Blocks(own, name, cross.tiles), strict=False):
@@ -297,7 +297,7 @@ class Decoder:
             chosen = segments(rows, cross.tokens)
             made |= segment_inputs(chosen, cross.tokens)
             for name, kind in self.segmented.items():
-                width = model.inputs[f"segment.{name}"].shape[2]
+                (width,) = model.inputs[f"segment.{name}"].sizes(2)
                 blocks: list[Sequence[np.ndarray]] = [Blocks(own, name, cross.tiles) for own in images]
                 if not any(map(len, blocks)):
                     blocks[0] = [np.zeros((cross.tokens, width), np.float32)]
@@ -327,7 +327,7 @@ class Decoder:
         if "offset" in self.language.inputs:
             made["offset"] = Tensor.zeros((lanes,), "int64", self.language.device)
         if "seen" in self.language.inputs and not self.cross:
-            slots = self.language.inputs["seen"].shape[1]
+            (slots,) = self.language.inputs["seen"].sizes()
             made["seen"] = Tensor.of(np.ones((lanes, slots), np.bool_), "bool", self.language.device)
         return made
 

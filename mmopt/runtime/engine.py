@@ -214,14 +214,14 @@ class Engine:
         if not (isinstance(images, np.ndarray) and images.ndim >= 4 and images.dtype != np.uint8):
             pixels, inputs, _ = self._pixels(images)
             return self.decoder.encode(pixels, inputs)
-        shape, expected = images.shape, self.decoder.pixels.shape[1:]
+        shape, expected = images.shape, list(self.decoder.pixels.shape[1:])
         if self.decoder.takes_frames and images.ndim == 4:
             images = images[:, None]
         if images.ndim == len(expected) + 1 and expected[0] == "F":
             self._check_frames(images.shape[1], "a video of pixel_values")
             expected = [images.shape[1], *expected[1:]]
-        if images.shape[1:] != tuple(expected):
-            expected = self.decoder.pixels.shape[1:]
+        if list(images.shape[1:]) != expected:
+            expected = list(self.decoder.pixels.shape[1:])
             raise EngineError(f"pixel_values have shape {shape}, expected (N, {', '.join(map(str, expected))})")
         return self.decoder.encode(images, inputs)
 

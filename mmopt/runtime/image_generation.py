@@ -58,11 +58,10 @@ class EnginePainter(Painter):
         model = decoder.language
         self.cached = [k for k in model.inputs if is_cache(k)]
         self.caches = {
-            k: Tensor.zeros((both, *model.inputs[k].shape[1:]), model.inputs[k].dtype, model.device)
-            for k in self.cached
+            k: Tensor.zeros((both, *model.inputs[k].sizes()), model.inputs[k].dtype, model.device) for k in self.cached
         }
         self.values |= samples.values()
-        times = np.asarray(plan.times * self.info.flow.time_scale, np.float32)
+        times = np.asarray(plan.times * self.info.required_flow.time_scale, np.float32)
         bits = Tensor.zeros((both, 0, self.info.hidden_size), decoder.dtype).owner
         self.values |= {"steps.time": times, "no_rows": bits}
 
@@ -100,7 +99,7 @@ class EnginePainter(Painter):
     def _lane_by_lane(self, call: Any, stage: StageSession, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """Each sample through its own lane of the caches. Rows of padding after a prompt are not fed, and a prompt that
         an earlier lane holds is copied from there."""
-        prompt = "prompt.text" in call.sources("text") and self.info.flow.compact
+        prompt = "prompt.text" in call.sources("text") and self.info.required_flow.compact
         held: dict[bytes, int] = {}
         for b in range(given["past"].shape[0]):
             own = {k: t[b : b + 1] for k, t in given.items()}
@@ -168,7 +167,7 @@ def paint(
             f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"
         )
     try:
-        lay_out(prompts, info)
+        lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     except ValueError as e:
         raise EngineError(str(e)) from e
     plan, size = plan_of(plan, info), info.batch
@@ -184,7 +183,14 @@ def paint(
             if progress:
                 progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-        painter = EnginePainter(decoder, manifest, lay_out(prompts[part], info), plan, after, observe)
+        painter = EnginePainter(
+            decoder,
+            manifest,
+            lay_out(prompts[part], info.required_flow, info.context, info.vocab_size),
+            plan,
+            after,
+            observe,
+        )
         latents_made.append(painter.paint(noise[part]))
         if "image" in painter.values:
             dtype = manifest.stages["decode_image"].outputs["image"].dtype

@@ -33,8 +33,8 @@ class View:
 
     def __init__(self, info: ModelInfo, images: Sequence[Image] = (), before: int = 0):
         self.images = list(images)
-        self.blocks = info.cross.tiles
-        self.sight = Sight(info, len(self.images), self._tiles(), before)
+        self.blocks = info.required_cross.tiles
+        self.sight = Sight(info.required_cross, info.image_id, len(self.images), self._tiles(), before)
 
     def _tiles(self) -> list[int]:
         return [i.tiles or self.blocks for i in self.images]

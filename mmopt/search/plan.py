@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def compression(place: str, method: str, keep: float, positions: str = "keep") -
 
 def flow_steps(program: Program) -> dict[str, Any]:
     """The pass reduce_flow_steps in a plan, with the plans that a program paints by."""
-    flow = program.info.flow
-    return {"name": REDUCE, "plan": flow.plan, "fitted": list(flow.get("plans", ()))}
+    flow = program.info.required_flow
+    assert flow.plan is not None
+    return {"name": REDUCE, "plan": flow.plan.to_json(), "fitted": [p.to_json() for p in flow.plans]}
 
 
 def read_plan(source: Plan | str | Path) -> Plan:
@@ -151,5 +153,5 @@ def apply_plan(
 
 def with_plan(program: Program, plan: Plan) -> Program:
     made = program.copy()
-    made.info.plan = plan
+    made.info = replace(made.info, plan=plan)
     return made

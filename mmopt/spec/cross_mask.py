@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmopt.spec.model_info import ModelInfo
+from mmopt.spec.model_info import Cross
 
 # Inputs of a language model that the host makes anew for each call: what the rows of this call see.
 PER_CALL = ("seen", "attends", "sees", "segment_rows", "row_segments", "key_mask")
@@ -22,14 +22,14 @@ class Before(tuple):
 
 
 class Sight:
-    """What one sample's rows see, from the first row on. `info`: of a Program or an engine.
+    """What one sample's rows see, from the first row on. cross, image_id: those of a `mmopt.spec.model_info.ModelInfo`.
 
     images: how many the sample has, whether or not its text has as many markers. tiles: blocks of each image that count
     (by default all). before: markers that came earlier, so that the text goes on after them.
     """
 
-    def __init__(self, info: ModelInfo, images: int, tiles: Sequence[int] | None = None, before: int = 0):
-        self.cross, self.image_id, self.images = info.cross, info.image_id, images
+    def __init__(self, cross: Cross, image_id: int, images: int, tiles: Sequence[int] | None = None, before: int = 0):
+        self.cross, self.image_id, self.images = cross, image_id, images
         self.tiles = [self.cross.tiles] * images if tiles is None else list(tiles)
         if len(self.tiles) != images or any(not 1 <= t <= self.cross.tiles for t in self.tiles):
             raise ValueError(f"tiles are {self.tiles}, expected {images} numbers from 1 to {self.cross.tiles}")
@@ -66,10 +66,10 @@ class Sight:
 
 
 def visible(
-    ids: Sequence[int], images: int, info: ModelInfo, before: int = 0, tiles: Sequence[int] | None = None
+    ids: Sequence[int], images: int, cross: Cross, image_id: int, before: int = 0, tiles: Sequence[int] | None = None
 ) -> list[Seen]:
     """What each row of a prompt sees; see `Sight`."""
-    return Sight(info, images, tiles, before).read(ids)
+    return Sight(cross, image_id, images, tiles, before).read(ids)
 
 
 def masks(rows: Sequence[Seen], blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

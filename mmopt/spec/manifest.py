@@ -28,6 +28,10 @@ class TensorInfo:
     dtype: str
     onnx: str | None = None
 
+    def sizes(self, begin: int = 1) -> tuple[int, ...]:
+        """Sizes from dimension `begin` on, where all are numbers."""
+        return tuple(int(s) for s in self.shape[begin:])
+
 
 @dataclass(frozen=True)
 class StageInfo:
@@ -157,7 +161,7 @@ def read_directory(directory: Path, verify_checksums: bool = False) -> Manifest:
 
 def _older(data: dict[str, Any], directory: Path) -> str:
     """What to do with a directory of an older schema: the line that makes it anew, with the options it was made with."""
-    said = data.get("info") if isinstance(data.get("info"), dict) else {}
+    said = data["info"] if isinstance(data.get("info"), dict) else {}
     options = {k: data.get(k) for k in ("target", "dtype")} | {k: said.get(k) for k in ("batch", "images", "context")}
     given = " ".join(f"--{k} {v}" for k, v in options.items() if v is not None)
     return (

@@ -102,3 +102,17 @@ class ModelInfo:
     def image_fusion(self) -> str:
         """ "inline": images lie among the text; "cross_attention": outside it."""
         return "inline" if self.cross is None else "cross_attention"
+
+    @property
+    def required_cross(self) -> Cross:
+        """`cross`, where images must lie outside the text."""
+        if self.cross is None:
+            raise ValueError(f"{self.family}: images lie among the text")
+        return self.cross
+
+    @property
+    def required_flow(self) -> Flow:
+        """`flow`. Raises ValueError for a model that generates no images."""
+        if self.flow is None:
+            raise ValueError(f"{self.family} generates no images")
+        return self.flow

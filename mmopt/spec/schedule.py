@@ -144,12 +144,15 @@ class Schedule(tuple[Call | Loop, ...]):
         return {"type": "array", "items": {"anyOf": [call, loop]}}
 
 
+NOTHING = Schedule()
+
+
 @dataclass(frozen=True)
 class Schedules:
     """text: from images and prompts to answers. image: from a prompt and noise to an image (empty: none are made)."""
 
     text: Schedule
-    image: Schedule = Schedule()
+    image: Schedule = NOTHING
 
     def replaced(self, **changes: Iterable[Call | Loop]) -> Schedules:
         """With another schedule for ``text``, ``image`` or both."""

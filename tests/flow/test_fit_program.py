@@ -1,6 +1,7 @@
 """Plans fitted to a program, kept in it, and found under a budget of drift."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_texts_are_read_as_an_engine_reads_them(digits, tmp_path):
     texts = ["a red 7 on blue", "a green 3"]
     assert ids_of(digits, [*texts, [1, 2]]) == [*(engine._painting_ids(t) for t in texts), [1, 2]]
     without = digits.copy()
-    without.info.directory = str(tmp_path)
+    without.info = replace(without.info, directory=str(tmp_path))
     assert ids_of(without, [[1, 2]]) == [[1, 2]]
     with pytest.raises(ValueError, match="no such file, so prompts must be lists of ids"):
         ids_of(without, texts)

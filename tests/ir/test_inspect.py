@@ -1,6 +1,7 @@
 """Counting: against published figures at the official size, closed forms, and torch's own counter on a real run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_without_images(program):
 def test_prompt_that_does_not_fit(program):
     with pytest.raises(ValueError, match=r"9 images take 81 rows, but the context holds 64"):
         inspect(program, images=9)
-    ids = typical_prompt(program.info | {"context": 20}, images=2)
+    ids = typical_prompt(replace(program.info, context=20), images=2)
     assert ids == [0, program.info.image_id, program.info.image_id, 0]
 
 

@@ -10,8 +10,8 @@ KINDS = {
     "one block": {},
     "first image again": {"reset": True},
     "tiles": {"blocks": 3},
-    "tiles together": {"blocks": 2, "together": True, "before": "everything", "sees": True},
-    "text before": {"before": "everything"},
+    "tiles together": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
+    "text before": {"before": "all_images"},
 }
 PROMPTS = {
     "single": [[3, MARKER, 4, 5]],
@@ -204,7 +204,7 @@ def test_wrong_calls(programs):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    plain = open_gates(beside(blocks=2, together=True, before="everything", sees=True, dtype=dtype))
+    plain = open_gates(beside(blocks=2, together=True, before="all_images", sees=True, dtype=dtype))
     fast = optimize(plain).program
     forced = torch.tensor([[5, 6, 7], [8, 9, 3]])
     made = [run(p, PROMPTS["side by side"], pixels(5), n=3, forced=forced)[1] for p in (plain, fast)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -386,8 +387,8 @@ def image_program(family):
     model, weights = from_config(raw, "float32", random=True), {}
     specs = {k: s for k, s in model.family.stages(model.module, 16).items() if k in ("encode_vision", "resample")}
     stages = {k: trace_stage(s, weights) for k, s in specs.items()}
-    cross = {"rows": model.family.cross(model.config).rows}
-    return Program(stages, tuple(map(Call, stages)), weights, {}, {"cross": cross}), model.module
+    cross = model.family.cross(model.config)
+    return Program(stages, toys.texts(*map(Call, stages)), weights, {}, toys.toy_info(cross=cross)), model.module
 
 
 def test_a_family_of_the_library():
@@ -528,7 +529,7 @@ def test_prompts_that_are_made_up_stay_within_the_table():
     with pytest.raises(ValueError, match="3 images take"):
         typical_prompt(info, 3)
     few = program.copy()
-    few.info |= {"positions": 30}
+    few.info = replace(few.info, positions=30)
     prompts = random_inputs(few, 1, 0)["prompts"]
     assert [p.count(program.info.image_id) for p in prompts] == [1, 0, 1]
     planning.plan(prompts, few.info, 3)

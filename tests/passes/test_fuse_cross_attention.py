@@ -256,9 +256,9 @@ def test_gates_of_zero_are_verified(monkeypatch):
 FAMILIES = {
     "blocks of one": {},
     "several blocks": {"blocks": 2, "together": True},
-    "several blocks, before": {"blocks": 3, "together": True, "before": "everything", "sees": True},
+    "several blocks, before": {"blocks": 3, "together": True, "before": "all_images", "sees": True},
     "together": {"together": True},
-    "before": {"before": "everything"},
+    "before": {"before": "all_images"},
     "tiles apart": {"blocks": 2, "reset": True},
 }
 

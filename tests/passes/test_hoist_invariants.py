@@ -215,7 +215,7 @@ def test_keys_and_values_of_images_leave_both_loops(snapshot):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [{}, {"blocks": 2, "together": True, "before": "everything", "sees": True}])
+@pytest.mark.parametrize("kind", [{}, {"blocks": 2, "together": True, "before": "all_images", "sees": True}])
 def test_shared_same_numbers(kind, dtype):
     before = beside(dtype=dtype, **kind)
     assert compare(before, HoistInvariants()(before)[0]) is None

@@ -385,9 +385,9 @@ def test_it_needs_no_torch(directories):
 KINDS = {
     "first image again": {"reset": True},
     "tiles apart": {"blocks": 3},
-    "one block, text before": {"before": "everything"},
+    "one block, text before": {"before": "all_images"},
     "together": {"together": True},
-    "tiles together, text before": {"blocks": 2, "together": True, "before": "everything", "sees": True},
+    "tiles together, text before": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
 }
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import painting_toy as toy
@@ -52,7 +53,7 @@ def small_tokenizer() -> str:
 @pytest.fixture(scope="module")
 def plain():
     made = toy.program(context=CONTEXT)
-    made.info.tokenizer = small_tokenizer()
+    made.info = replace(made.info, tokenizer=small_tokenizer())
     return made
 
 

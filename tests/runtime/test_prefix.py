@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -457,7 +458,7 @@ def test_too_long(engine):
 
 
 def test_it_fills_the_cache_by_default(engine, monkeypatch):
-    monkeypatch.setitem(engine.info, "eos_ids", [])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([])))
     prefix = engine.prefix(parts(engine, M, 8), pictures(1))
     done = engine.generate(parts(engine, 5), prefix=prefix)
     assert done.completion_tokens == CONTEXT - prefix.rows - 5 + 1

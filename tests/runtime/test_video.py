@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -196,9 +197,9 @@ def test_profiles_of_frames():
         "cross": {"blocks": 1, "rows": 8, "width": 32},
     }
     inputs = {"pixel_values": {"shape": ["N", "F", 3, 5, 5]}}
-    (found,) = profiles(inputs, info | {"max_frames": None})
+    (found,) = profiles(inputs, replace(info, max_frames=None))
     assert found["pixel_values"] == [(1, 1, 3, 5, 5), (1, 1, 3, 5, 5), (2, 8, 3, 5, 5)]
-    (found,) = profiles(inputs, info | {"max_frames": 3})
+    (found,) = profiles(inputs, replace(info, max_frames=3))
     assert found["pixel_values"][2] == (2, 3, 3, 5, 5)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,7 +79,7 @@ class Toy(Pass):
         if self.asked[:2] == ("vision", "merge") and self.asked[2] == 0.125:
             raise ValueError("8 rows cannot be merged")
         made = program.copy()
-        made.info.asked = self.asked
+        made.info = replace(made.info, asked=self.asked)
         report.did("rows are left out")
         return made
 
@@ -97,7 +98,7 @@ class World:
         patch.setattr(searching, "quality", self.quality)
         patch.setattr("mmopt.search.result.paired", lambda a, b: mmopt.paired(a, b, draws=300))  # quick
         patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
-        self.program = Program({}, (), {}, {}, {"family": "toy", "context": 9})
+        self.program = Program({}, texts(), {}, {}, toy_info(context=9))
 
     def quality(self, runner, task):
         plan = runner.info.get("asked")
@@ -346,7 +347,7 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"trials.log: its trials are of another search, with other {differs}$"):
             world.search(store=store, **changes)
-    world.program = dataclasses.replace(world.program, info=world.program.info | {"context": 10})
+    world.program = dataclasses.replace(world.program, info=replace(world.program.info, context=10))
     with pytest.raises(ValueError, match=r"with other program$"):
         world.search(store=store)
     assert store.read_bytes() == before
@@ -498,7 +499,7 @@ FLOW = make_flow_plan("ab2", 4, 2.0).to_json()
 
 def test_plans_go_to_json_and_back(world, tmp_path):
     painting = dataclasses.replace(world.program, painting=(Call("paint"),))
-    painting.info.flow = {"plan": FLOW, "plans": [FLOW]}
+    painting.info = replace(painting.info, flow={"plan": FLOW, "plans": [FLOW]})
     plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"drop": 0.01})
     save_plan(plan, tmp_path / "plan.json")
     (tmp_path / "program.json").write_text(json.dumps({"info": {"plan": plan}}))
@@ -548,7 +549,7 @@ def test_files_that_hold_no_plan(world, tmp_path):
 def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     def within(result, budget, prompts):
         made = result.program.copy()
-        made.info.flow = {"plan": FLOW}
+        made.info = replace(made.info, flow={"plan": FLOW})
         report = Report("reduce_flow_steps", "approximate", [f"for {prompts}"], checked="drift: mean 0.02")
         return Result(made, [*result.reports, report])
 

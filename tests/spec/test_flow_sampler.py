@@ -246,7 +246,7 @@ def test_prompts_that_cannot_be_painted(plain, optimized, prompts, why):
         with pytest.raises(ValueError, match=why):
             program.paint(prompts, noise(len(prompts)))
         with pytest.raises(ValueError, match=why):
-            lay_out(prompts, program.info)
+            lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ class Counting(Painter):
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_painter_expands_cuts_and_puts_together(plain, guided):
-    samples = lay_out([[1, 2], [1, 2, 3]], plain.info)
+    samples = lay_out([[1, 2], [1, 2, 3]], plain.info.required_flow, plain.info.context, plain.info.vocab_size)
     inputs = {"step": {"x": ("B", 3), "t": ("B", 1), "pair": ("B", "n")}}
     names = {"t": "step.time", "pair": Cat(0, ("latents", "latents")), "x": "rows"}
     body = (Call("step", names),)

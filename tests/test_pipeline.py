@@ -110,7 +110,7 @@ def test_observers_are_told_before_and_after_each_pass():
 
 def test_checks_can_be_left_out_and_asked_for(monkeypatch):
     assert optimize(chat(Routed()), [Scaled(1.5)], check=False).reports[0].checked == "not checked: checks are off"
-    monkeypatch.setattr("mmopt.pipeline.BUDGET", 1.0)
+    monkeypatch.setattr("mmopt.rewrite.contracts.BUDGET", 1.0)
     (report,) = optimize(chat(Routed()), [Scaled(1.5)]).reports
     assert report.checked.startswith("not checked: about ")
     with pytest.raises(ContractError):

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from toys import toy_info
 from conftest import DATA
 from safetensors.torch import load_file
 
 from mmopt.frontend.load import from_config
 from mmopt.frontend.trace import trace
-from mmopt.ir import program as program_module
+from mmopt.ir import stage as stage_module
 from mmopt.search.optimize import optimize
 from mmopt.spec.prompt import Chunk, count_rows, plan
 
@@ -108,11 +109,11 @@ def test_no_new_tokens(small_program):
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-INFO = {"image_id": -200, "tokens_per_image": 9, "batch": 2, "images": 2, "context": 30, "vocab_size": 100}
+INFO = toy_info(image_id=-200, tokens_per_image=9, batch=2, images=2, context=30, vocab_size=100)
 
 
 def test_chunks_begin_with_their_images():
-    i = INFO["image_id"]
+    i = INFO.image_id
     assert plan([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
     assert plan([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
     assert plan([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
@@ -182,8 +183,8 @@ def test_constants_are_computed_once(result, monkeypatch):
     stage = result.program.stages["abstractor"]
     stage = stage.replaced(stage.graph)
     evaluated = []
-    evaluate = program_module.evaluate
-    monkeypatch.setattr(program_module, "evaluate", lambda n, *a, **kw: evaluated.append(n) or evaluate(n, *a, **kw))
+    evaluate = stage_module.evaluate
+    monkeypatch.setattr(stage_module, "evaluate", lambda n, *a, **kw: evaluated.append(n) or evaluate(n, *a, **kw))
     values = {"vision_rows": torch.zeros(1, 17, 48)}
     first = stage.run(result.program.weights, values)["image_rows"]
     assert any(n.meta["const"] for n in evaluated)

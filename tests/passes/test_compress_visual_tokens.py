@@ -38,7 +38,7 @@ from compressed import (
     selected,
     traced,
 )  # fmt: skip
-from toys import declared, random_values
+from toys import declared, random_values, texts, toy_info
 
 import mmopt
 from mmopt.frontend.load import from_config
@@ -388,7 +388,7 @@ def image_program(family):
     specs = {k: s for k, s in model.family.stages(model.module, 16).items() if k in ("encode_vision", "resample")}
     stages = {k: trace_stage(s, weights) for k, s in specs.items()}
     cross = model.family.cross(model.config)
-    return Program(stages, toys.texts(*map(Call, stages)), weights, {}, toys.toy_info(cross=cross)), model.module
+    return Program(stages, texts(*map(Call, stages)), weights, {}, toy_info(cross=cross)), model.module
 
 
 def test_a_family_of_the_library():

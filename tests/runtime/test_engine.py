@@ -577,7 +577,7 @@ BREAKS = {
     "truncated program.json": (lambda d: cut(d / "program.json"), "program.json: cannot be read"),
     "foreign program.json": (lambda d: (d / "program.json").write_text("[1]"), "not written by mmopt"),
     "incomplete program.json": (
-        lambda d: (d / "program.json").write_text('{"schema": 1}'),
+        lambda d: (d / "program.json").write_text('{"schema": 2}'),
         "lacks dtype, info, stages",
     ),
     "odd program.json": (lambda d: set_fact(d, weights=[]), "program.json: not of the expected form"),

@@ -11,6 +11,7 @@ import optuna
 import PIL.Image
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from toys import texts, toy_info
 
 import mmopt
 from mmopt import cli

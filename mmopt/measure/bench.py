@@ -6,10 +6,8 @@ machine then hurts all alike. The minimum is the figure least disturbed by other
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from mmopt.frontend.trace import trace
 from mmopt.ir.program import Program
 from mmopt.measure import memory as memory_of
 from mmopt.measure.baselines import ROUTINGS, Shared
+from mmopt.measure.head import head
 from mmopt.measure.ratios import ratios_of, rows_of, shares_of, work_of
 from mmopt.measure.roofline import in_rounds, summary, timed
 from mmopt.measure.torch_stages import TorchStages
@@ -162,8 +161,9 @@ class _Bench:
         rows = rows_of(self.times, list(self.variants), new_tokens)
         work = work_of(self.optimized, self.inputs, new_tokens)
         i = self.inputs
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
-            **conditions(self.device, self.threads, self.info),
+            **head("stages", self.threads, self.info["dtype"], gpu=gpu),
             "sizes": {
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
                 "context": self.info["context"],
@@ -255,19 +255,3 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
                     f"{stage}: the logits of {name} differ from eager's by {error:.3g}, allowed {allowed:.3g}", program
                 )
     return found
-
-
-def conditions(device: torch.device, threads: int, info: dict[str, Any]) -> dict[str, Any]:
-    """What a figure is worth nothing without: device, threads, dtype and versions."""
-    versions = {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")}
-    return {"device": device_name(device), "threads": threads, "dtype": info["dtype"], "versions": versions}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or "cpu"
-    )

@@ -87,10 +87,19 @@ def cpu_name() -> str:
 def conditions_text(found: dict[str, Any]) -> str:
     """Machine, threads, dtype and versions of a head, in one line."""
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    return f"{machine_text(found['machine'])}, {found['threads']} threads, {found['dtype']}; {versions}"
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+    return f"{machine_text(found['machine'])}, {threads}, {_or_said('dtype', found['dtype'])}; {versions}"
 
 
 def machine_text(machine: dict[str, Any]) -> str:
     cores = machine["cores"]
-    cpu = f"{machine['cpu']}, {'cores ' + NOT_RECORDED if cores == NOT_RECORDED else f'{cores} cores'}"
+    found = [
+        _or_said("machine", machine["cpu"]),
+        _or_said("cores", cores) if cores == NOT_RECORDED else f"{cores} cores",
+    ]
+    cpu = ", ".join(found[: 1 if machine["cpu"] == cores == NOT_RECORDED else 2])
     return f"{machine['gpu']}; {cpu}" if "gpu" in machine else cpu
+
+
+def _or_said(what: str, value: str) -> str:
+    return f"{what} {value}" if value == NOT_RECORDED else value

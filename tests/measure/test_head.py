@@ -69,6 +69,8 @@ def test_commands_can_be_typed_and_tell_of_no_folders(monkeypatch, tmp_path):
 
 def test_conditions_in_words():
     found = {"machine": {"cpu": "CPU", "cores": 2}, "threads": 1, "dtype": "float32", "versions": {"torch": "2"}}
-    assert conditions_text(found) == "CPU, 2 cores, 1 threads, float32; torch 2"
+    assert conditions_text(found) == "CPU, 2 cores, 1 thread, float32; torch 2"
     found["machine"] = {"cpu": "CPU", "cores": NOT_RECORDED, "gpu": "GPU"}
     assert conditions_text(found).startswith("GPU; CPU, cores not recorded, 1")
+    found |= {"machine": {"cpu": NOT_RECORDED, "cores": NOT_RECORDED}, "dtype": NOT_RECORDED}
+    assert conditions_text(found) == "machine not recorded, 1 thread, dtype not recorded; torch 2"

@@ -30,16 +30,15 @@ class Kind:
 KINDS = {
     "stages": Kind(
         "Stages of a model", (*ENGINE, *BASELINES), tables_speed.stages,
-        "Eager, compiled, optimized and engine in interleaved rounds of one process, middle size, random weights; "
+        "Eager, compiled, optimized and engine in interleaved rounds of one process; "
         "minimum and, in brackets, median. `eager` is the better of two plain PyTorch baselines (routing as the "
         "reference does; branches on known rows), both with caches written in place; `compiled` is that one through "
         "`torch.compile` with freezing; `optimized` are the optimized graphs in PyTorch. Ratios are of the minima: "
-        "PyTorch suffers most from a busy machine. The passes alone gain little in PyTorch on a CPU; the engine "
-        "gains by fused operators.",
+        "PyTorch suffers most from a busy machine.",
     ),
     "few-shot": Kind(
         "Few-shot prompts", (*ENGINE, *BASELINES), tables_speed.fewshot,
-        "Middle size, random weights, interleaved rounds of one process, decode 16 tokens in a row; minimum and, in "
+        "Interleaved rounds of one process, decode 16 tokens in a row; minimum and, in "
         "brackets, median. `passes off` is the Program as traced, in the same runtime; `mask kept` has one mask "
         "over all images in place of a segment for each; a prompt of k shots has k + 1 images and 20 tokens of text "
         "for each. Off over on: of the minima, and the median of the rounds. Decode reads weights, so it goes with "
@@ -73,14 +72,14 @@ KINDS = {
     "composition of passes": Kind(
         "All passes in one call", TOKENS, tables_speed.composition,
         "What each kind of pass adds to those before it: a row is one `mmopt.optimize` call and one exported "
-        "engine. Middle size, random weights, interleaved rounds; minimum and, in brackets, median; x: times as "
+        "engine. Random weights, interleaved rounds; minimum and, in brackets, median; x: times as "
         "fast as nothing, x own: as the row above, medians of the paired rounds. Engines of exact passes gave the "
         "logits and images of the first row, those with fewer tokens the logits of their Program in PyTorch, or "
         "they would not have been timed.",
     ),
     "compression speed": Kind(
         "Fewer visual tokens: time to the first token", TOKENS, tables_tokens.speed,
-        "Middle size, random weights, exported engines; times as fast as with all tokens, median of the paired "
+        "Random weights, exported engines; times as fast as with all tokens, median of the paired "
         "rounds (by minima), what choosing costs included. Sites: `pixels` is a smaller image, `vision.4` lies "
         "after the fourth attention of a stage `vision`, `vision.all` after each of them in turn, `vision` where "
         "tokens leave the stage.",

@@ -22,6 +22,7 @@ from mmopt.rewrite.contracts import ContractError
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/benchmarks"))
 import compression_composition as composition
 import compression_speed as speed
+import tables_tokens
 import threads
 
 FULL, POOL, DIVERSE = speed.Way("full", 1.0), speed.Way("pool", 0.25), speed.Way("diverse", 0.5)
@@ -68,12 +69,17 @@ def test_group(program, monkeypatch, tmp_path):
     assert stages is None
     assert "would save" in refused["refused"]
     found = {"machine": {"cpu": "d", "cores": 2}, "threads": 1, "dtype": "float32", "versions": {"torch": "2"}}
-    found["limits"] = {"a": limits}
+    found["limits"] = {"abstractor": limits}
     sizes = {"parameters": 1e6, "tokens_per_image": 9, "text": 63, "rounds": 1}
     found |= {"sizes": sizes, "rows": [*rows, refused], "notes": ["a note"]}
     shown = speed.text("tiny", json.loads(json.dumps(found)))
     assert shown.count("pool") == 2  # one row of the table, one refusal
     assert "diverse" in shown
+    table = tables_tokens.speed({"tiny": found})
+    assert [line.split(" |")[0] for line in table if "`abstractor`" in line][:2] == [
+        "| `abstractor`, pool", "| `abstractor`, diverse"
+    ]  # fmt: skip
+    assert "`vision`." in table[-2]  # refused
     speed.plot({"tiny": found}, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

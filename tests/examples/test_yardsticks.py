@@ -18,8 +18,10 @@ pytest.importorskip("easy_vqa")
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/benchmarks")]
 import compression_quality as quality  # noqa: E402
 import compression_report as report  # noqa: E402
+import document  # noqa: E402
 import yardsticks  # noqa: E402
 from compression_quality import Results, Way  # noqa: E402
+from result_files import read  # noqa: E402
 
 FACTS = {"checkpoint": "c", "position_ids": "keep", "dtype": "float32", "threads": 1, "versions": {}}
 FACTS |= {"machine": {"cpu": "c", "cores": 2}, "date": "now", "commit": "new"}
@@ -251,6 +253,9 @@ def test_command(yard, few, tmp_path, monkeypatch, capsys):
     assert set(KEYS) <= set(found)
     assert found["command"].startswith("python examples/benchmarks/compression_quality.py mplug-owl2-vqa --limit 4")
     assert [r["method"] for r in found["rows"]] == ["full", "blind", "resize", "random"]
+    shown = document.page([read(out)], "")
+    assert "**yes or no**, 4 samples: all tokens 1.000" in shown
+    assert "| `vision` | 16/64 |" in shown
     assert png.is_file()
     assert "minus random" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command[:-1], "yes"])

@@ -6,10 +6,8 @@ machine then hurts all alike. The minimum is the figure least disturbed by other
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from mmopt.ir.graph import torch_dtype
 from mmopt.ir.program import Program
 from mmopt.measure import memory as memory_of
 from mmopt.measure.baselines import ROUTINGS, Shared
+from mmopt.measure.head import head
 from mmopt.measure.ratios import ratios_of, rows_of, shares_of, work_of
 from mmopt.measure.roofline import in_rounds, summary, timed
 from mmopt.measure.torch_stages import TorchStages
@@ -30,7 +29,6 @@ from mmopt.measure.variants import STAGES, EngineStages, Inputs
 from mmopt.pipeline import run_passes
 from mmopt.rewrite.contracts import ContractError, difference
 from mmopt.runtime.engine import Engine
-from mmopt.spec.model_info import ModelInfo
 
 REPEATS = {"encode": 1, "prefill": 1, "decode": 4}  # timed calls in a round; decode is short
 CHOOSING_ROUNDS = 5
@@ -164,8 +162,9 @@ class _Bench:
         rows = rows_of(self.times, list(self.variants), new_tokens)
         work = work_of(self.optimized, self.inputs, new_tokens)
         i = self.inputs
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
-            **conditions(self.device, self.threads, self.info),
+            **head("stages", self.threads, self.info.dtype, gpu=gpu),
             "sizes": {
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
                 "context": self.info.context,
@@ -257,19 +256,3 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
                     f"{stage}: the logits of {name} differ from eager's by {error:.3g}, allowed {allowed:.3g}", program
                 )
     return found
-
-
-def conditions(device: torch.device, threads: int, info: ModelInfo) -> dict[str, Any]:
-    """What a figure is worth nothing without: device, threads, dtype and versions."""
-    versions = {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")}
-    return {"device": device_name(device), "threads": threads, "dtype": info.dtype, "versions": versions}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or "cpu"
-    )

@@ -22,7 +22,7 @@ from mmopt.frontend.trace import trace
 from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import SHOT, inspect
 from mmopt.measure.baselines import Shared, torch_stage
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.passes.fuse_cross_attention import FuseCrossAttention
@@ -252,8 +252,7 @@ class _Bench:
         flat = {key: [t for r in rounds_of for t in r] for key, rounds_of in times.items()}
         rows = [{"stage": s, "variant": n, **spread(flat[s, n])} for s in stages for (t, n) in self.calls if t == s]
         return {
-            "kind": "few-shot",
-            **conditions(cpu, self.threads, self.info),
+            **head("few-shot", self.threads, self.info.dtype),
             "sizes": {
                 "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),

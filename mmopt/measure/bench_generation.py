@@ -21,7 +21,7 @@ from mmopt.frontend.load import Model
 from mmopt.frontend.trace import trace
 from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import inspect
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.passes.hoist_invariants import HoistInvariants
@@ -130,14 +130,13 @@ class _Bench:
         by_round, limits = in_rounds(self.calls, rounds, cpu, torch_dtype(self.info), self.threads, self.tell)
         times = {key: [seconds for (seconds,) in each] for key, each in by_round.items()}
         return {
-            "kind": "painting",
-            **conditions(cpu, self.threads, self.info),
+            **head("image generation", self.threads, self.info.dtype),
             "sizes": {
                 "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "rows": self.info.required_flow.tokens,
+                "tokens_per_image": self.info.flow.tokens,
                 "rounds": rounds,
-                "plans": {k: {"name": p.name, "passes": p.passes} for k, p in self.plans.items()},
+                "plans": {k: {"name": p.name, "nfe": p.passes} for k, p in self.plans.items()},
             },
             "rows": [{"stage": s, "variant": n, **spread(t)} for (s, n), t in times.items()],
             "ratios": self.ratios(times),

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import toy_info
 from conftest import DATA
 from safetensors.torch import load_file
+from toys import toy_info
 
 from mmopt.frontend.load import from_config
 from mmopt.frontend.trace import trace

@@ -1,4 +1,4 @@
-"""TODO."""
+"""FLOPs, bytes of weights and rows of caches of one call, counted from shapes."""
 
 from __future__ import annotations
 

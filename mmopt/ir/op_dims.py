@@ -1,4 +1,4 @@
-"""TODO."""
+"""Along which dimensions an operator works part by part, and the operator on one part."""
 
 from __future__ import annotations
 

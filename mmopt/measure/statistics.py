@@ -1,4 +1,4 @@
-"""TODO."""
+"""Scores of a task with their intervals, and the paired comparison of two."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mmopt.ir.graph import EXPAND, HEAVY, Builder, is_pointwise, mapped, rebuild, shape_of
-from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.graph import EXPAND, Builder, is_pointwise, mapped, rebuild, shape_of
+from mmopt.ir.op_rules import on_part, operand_dims, rule_of
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.loops import why_not_local
@@ -148,7 +148,7 @@ def split_stage(stage: Stage, fixed: set[str], name: str, kind: str = "once") ->
             invariant.add(n)
         elif n.op == "call_function" and n.all_input_nodes and all(a in invariant for a in n.all_input_nodes):
             invariant.add(n)
-            if n.target in HEAVY or any(a in heavy for a in n.all_input_nodes):
+            if rule_of(n.target).heavy or any(a in heavy for a in n.all_input_nodes):
                 heavy.add(n)
     outputs = stage.output_nodes()
     frontier = [

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from mmopt.ir.attention_args import CachedAttention, given
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, Builder, rebuild
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
@@ -96,4 +96,4 @@ def mask_of(n: Node) -> Node | None:
 
 
 def drop_mask(b: Builder, n: Node, args: tuple) -> Node | None:
-    return None if mask_of(n) is None else b.copy(n, given(CachedAttention(*args)._replace(key_mask=None)))
+    return None if mask_of(n) is None else b.copy(n, CachedAttention(*args)[:-1])  # the mask is the last argument

@@ -34,6 +34,10 @@ def test_of_a_node(op, view):
     assert given(seen._replace(scale=0.5))[-1] == 0.5
 
 
+def test_the_mask_over_slots_is_last():
+    assert CachedAttention._fields[-1] == "key_mask"  # `drop_hidden_rows` cuts it off
+
+
 def test_scale():
     q = Graph().placeholder("q")
     q.meta["shape"] = (1, 3, 32)

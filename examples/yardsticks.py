@@ -113,7 +113,7 @@ def spread(keys: Sequence[Any], items: Sequence[Any]) -> list[Any]:
 
 def blind(program: mmopt.Program, task: Task) -> Task:
     """The same questions about grey pictures: of the mean colour that the model's image processor subtracts."""
-    mean = np.array(program.info["processing"]["image"]["mean"])
+    mean = np.array(program.info.processing.image["mean"])
     grey = np.full((32, 32, 3), np.round(255 * mean), np.uint8)
     return Task(task.name, [replace(s, images=[grey] * len(s.images)) for s in task.samples], task.score)
 

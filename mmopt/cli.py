@@ -300,7 +300,7 @@ def optimize(
     if plan_out is not None:
         from mmopt.search.plan import save_plan
 
-        save_plan(result.program.info["plan"], plan_out)
+        save_plan(result.program.info.plan, plan_out)
     show(facts, text, as_json)
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def gate_of(n: Node) -> int | None:
 # ------------------------------------------------------------------------------------------------------------ segments
 def cut_masks(program: Program, name: str, report: Report) -> None:
     """Replace `cross_attention` over all images by `segment_attention`; changes the stage's inputs and the info."""
-    stage, cross = program.stages[name], program.info["cross"]
+    stage, cross = program.stages[name], program.info.required_cross
     inputs = {n: k for k, n in stage.input_nodes().items()}
     cut: dict[Node, CrossAttention] = {}
     for n in (n for n in stage.graph.nodes if n.target is CROSS_ATTENTION):
@@ -171,8 +172,8 @@ def cut_masks(program: Program, name: str, report: Report) -> None:
         return
     batch, rows = shape_of(stage.input_nodes()["seen"])[:2]
     # A row may see more than one block.
-    several = cross["blocks"] > 1 or cross["together"] or cross["before"] == "everything"
-    keys: Any = symbol("K") if several else cross["rows"]
+    several = cross.tiles > 1 or cross.merge_adjacent or cross.leading_text == "all_images"
+    keys: Any = symbol("K") if several else cross.tokens
     b, env, names = Builder(), {}, []
 
     def add(input_name: str, shape: tuple, dtype: torch.dtype) -> Node:
@@ -202,6 +203,6 @@ def cut_masks(program: Program, name: str, report: Report) -> None:
             env[n] = b.copy(n, mapped(n.args, env))
     program.stages[name] = Stage(b.graph, names, stage.outputs)
     calls = [c for c in program.calls() if c.stage == name]
-    chosen = {calls[0].rename.get(inputs[x], inputs[x]): kind for x, kind in kinds.items()}
-    program.info["segments"] = {**program.info.get("segments", {}), **chosen}
+    chosen = {calls[0].sources(inputs[x])[0]: kind for x, kind in kinds.items()}
+    program.info = replace(program.info, cross_kv={**program.info.cross_kv, **chosen})
     report.did(f"{name}: {len(cut)} cross-attentions read the keys that their rows see, without a mask")

@@ -43,19 +43,19 @@ class HoistInvariants(Pass):
                 before, item = self.hoist(made, item, report)
                 schedule += before
             schedule.append(item)
-        made.schedule = tuple(schedule)
+        made.schedules = made.schedules.replaced(text=tuple(schedule))
         painting: list[Call | Loop] = []
-        for item in made.painting:
+        for item in made.schedules.image:
             before, item = hoist_steps(made, item, report) if isinstance(item, Loop) else ([], item)
             painting += [*before, item]
-        made.painting = tuple(painting)
+        made.schedules = made.schedules.replaced(image=tuple(painting))
         return made
 
     def hoist_shared(self, program: Program, report: Report) -> tuple[Call | Loop, ...]:
         """What a stage makes of values that none of the loops that call it changes is computed once, before them."""
-        loops = [i for i in program.schedule if isinstance(i, Loop)]
+        loops = [i for i in program.schedules.text if isinstance(i, Loop)]
         inside = [c for loop in loops for c in loop.body]
-        schedule = list(program.schedule)
+        schedule = list(program.schedules.text)
         for name, calls in Counter(c.stage for c in inside).items():
             if calls < 2 or any(c.stage == name for c in schedule if isinstance(c, Call)):
                 continue
@@ -63,7 +63,7 @@ class HoistInvariants(Pass):
             split = split_stage(program.stages[name], fixed, name) if fixed else None
             if split is None:
                 continue
-            if program.info.get("cross") and not works_along(split.ahead, 1):
+            if program.info.cross and not works_along(split.ahead, 1):
                 report.skip(name, "what no loop changes is not made image by image, each block by itself")
                 continue
             program.stages[f"{name}.once"], program.stages[name] = split.ahead, split.rest

@@ -20,14 +20,14 @@ from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.loops import row_inputs
 from mmopt.rewrite.pass_base import Pass, Report
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 class SplitCalls(Pass):
     def run(self, program: Program, report: Report) -> Program:
         made = program.copy()
         items: list[Call | Loop] = []
-        for item in program.painting:
+        for item in program.schedules.image:
             if isinstance(item, Loop):
                 written = {c.target(o) for c in item.body for o in program.stages[c.stage].outputs}
                 body: list[Call] = []
@@ -35,7 +35,7 @@ class SplitCalls(Pass):
                     body += self.split(program, call, program.stages[call.stage], written, report)
                 item = replace(item, body=tuple(body))
             items.append(item)
-        made.painting = tuple(items)
+        made.schedules = made.schedules.replaced(image=tuple(items))
         if not report.rewrites:
             report.skip("painting", "no call in a loop begins with rows that the loop does not change")
         return made
@@ -50,7 +50,7 @@ class SplitCalls(Pass):
         first, last = found
         readers = [
             (c.stage, n, s)
-            for c in calls_of(program.painting)
+            for c in program.schedules.image.calls()
             for n in program.stages[c.stage].inputs
             for s in c.sources(n)
         ]

@@ -1,6 +1,6 @@
 """Time to first token with fewer visual tokens, at each place where that may pay, beside all of them.
 
-    python examples/benchmarks/compression_speed.py --out examples/benchmarks/results/compression-speed-cpu.json --plot speed.png
+    python examples/benchmarks/compression_speed.py --out speed.json --plot speed.png
 
 Exported engines of middle size with random weights. Every place has a group of its own: the engine with all rows and
 those with fewer take turns, so that times are paired. An engine whose logits are not those of its Program before the
@@ -26,7 +26,7 @@ from rich.table import Table
 
 import mmopt
 from mmopt.ir.inspect import inspect, typical_prompt
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import SCHEMA, conditions_text, head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.measure.variants import EngineStages, Inputs
@@ -35,9 +35,10 @@ from mmopt.pruning.apply import find_places
 from mmopt.pruning.sites import PIXELS, Place, image_stages
 from mmopt.report import number, png_figure, save_png
 from mmopt.rewrite.contracts import difference
+from mmopt.spec.files import save_json
 
 CONFIGS = ("mplug-owl2-mid", "openflamingo-mid", "janusflow-mid")
-KEEPS = (0.5, 0.25, 0.125)
+KEEP_RATIOS = (0.5, 0.25, 0.125)
 REPEATS = 2  # timed calls in a row, after one that is not; the better one counts
 FULL, RESIZE = "full", "resize"
 FIRST, LANGUAGE = "first token", "language"
@@ -52,10 +53,10 @@ NOTES = (
 
 
 class Way(NamedTuple):
-    """How rows are left out at a place. keep: the share that stays."""
+    """How tokens are left out at a site. keep_ratio: the share that stays."""
 
     method: str
-    keep: float
+    keep_ratio: float
 
 
 # ------------------------------------------------------------------------------------------------------- what is timed
@@ -80,11 +81,11 @@ def early(places: Sequence[Place], stage: str, share: float) -> str:
 def inputs_of(engine: mmopt.Engine) -> Inputs:
     """A random image, the random text of the typical prompt after it, and one more token."""
     info, shape, random = engine.info, engine.decoder.pixels["shape"], np.random.default_rng(0)
-    most = info["image_id"] if 0 < info["image_id"] < info["vocab_size"] else info["vocab_size"]
+    most = info.image_id if 0 < info.image_id < info.vocab_size else info.vocab_size
     ids = random.integers(3, most, len(typical_prompt(info, 1, 0))).tolist()
     pixels = random.standard_normal((1, *shape[-3:]), np.float32)
     pixels = pixels[:, None] if engine.decoder.takes_frames else pixels
-    return Inputs(pixels, ids[:-1], 0, info["rows_per_image"], ids[-1])
+    return Inputs(pixels, ids[:-1], 0, info.tokens_per_image, ids[-1])
 
 
 def build(
@@ -92,10 +93,15 @@ def build(
 ) -> tuple[EngineStages | None, dict[str, Any]]:
     """An engine, and the counted FLOPs; no engine if the pass refuses or the engine answers something else."""
     rows = {p.name: p.rows for p in find_places(program)}[place]
-    facts: dict[str, Any] = {"place": place, **way._asdict(), "rows": rows, "kept": max(1, round(way.keep * rows))}
+    facts: dict[str, Any] = {
+        "site": place,
+        **way._asdict(),
+        "tokens": rows,
+        "kept": max(1, round(way.keep_ratio * rows)),
+    }
     fewer = program
     if way.method != FULL:
-        result = mmopt.optimize(program, [CompressVisualTokens(way.keep, way.method, place)], check=False)
+        result = mmopt.optimize(program, [CompressVisualTokens(way.keep_ratio, way.method, place)], check=False)
         if not result.reports[0].rewrites:
             return None, facts | {"refused": "; ".join(result.reports[0].skipped)}
         fewer = result.program
@@ -122,7 +128,7 @@ def measure(
     program = mmopt.trace(model)
     there = places_of(program)
     if wrong := [p for p in places if p not in there]:
-        raise ValueError(f"--places: expected some of {', '.join(there)}, found {', '.join(wrong)}")
+        raise ValueError(f"--sites: expected some of {', '.join(there)}, found {', '.join(wrong)}")
     rows, limits = [], {}
     for place in places or there:
         tell(f"{config}: building {place}")
@@ -130,12 +136,11 @@ def measure(
         made, limits[place] = group(program, place, ways, rounds, threads, tell)
         rows += made
     return {
-        **conditions(torch.device("cpu"), threads, program.info),
-        "command": " ".join(["python", *sys.argv]),
+        **head("compression speed", threads, program.info.dtype),
         "sizes": {
             "parameters": sum(p.numel() for p in model.module.parameters()),
-            "context": program.info["context"],
-            "rows_per_image": program.info["rows_per_image"],
+            "context": program.info.context,
+            "tokens_per_image": program.info.tokens_per_image,
             "text": len(typical_prompt(program.info, 1, 0)) - 1,
             "rounds": rounds,
         },
@@ -160,7 +165,7 @@ def group(
         calls: dict[tuple[str, Any], Callable[[], Any]] = {
             (name, w): partial(s.run, name) for name in ("encode", "prefill") for w, s in stages.items()
         }
-        cpu, kind = torch.device("cpu"), program.info["torch_dtype"]
+        cpu, kind = torch.device("cpu"), program.dtype
         times, limits = in_rounds(calls, rounds, cpu, kind, threads, partial(tell, f"{place}:"), lambda _: REPEATS)
     taken = {w: [np.array([min(r) for r in times[name, w]]) for name in ("encode", "prefill")] for w in stages}
     base, counted = taken[ways[0]], [*built[ways[0]][1]["flops"].values()]
@@ -194,8 +199,7 @@ def faster(base: np.ndarray, own: np.ndarray) -> dict[str, float]:
 def headed(config: str, found: dict[str, Any]) -> Console:
     """A console that writes to a text, which begins with what a figure is worth nothing without."""
     console = Console(file=io.StringIO(), width=200, markup=False, highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    console.print(f"{config}: {found['device']}, {found['threads']} threads, {found['dtype']}; {versions}")
+    console.print(f"{config}: {conditions_text(found)}")
     return console
 
 
@@ -203,12 +207,12 @@ def text(config: str, found: dict[str, Any]) -> str:
     """One config as a table."""
     console, sizes = headed(config, found), found["sizes"]
     console.print(
-        f"{sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows_per_image']} rows of the image among the text or "
-        f"its marker, {sizes['text']} rows of text; {sizes['rounds']} interleaved rounds; ms"
+        f"{sizes['parameters'] / 1e6:.1f} M parameters; {sizes['tokens_per_image']} tokens of the image among the text "
+        f"or its marker, {sizes['text']} of text; {sizes['rounds']} interleaved rounds; ms"
     )
-    heads = ("place", "method", "rows", "FLOP", "encode", "prefill", FIRST, "least", "x paired", "minima", "FLOPs")
+    heads = ("site", "method", "tokens", "FLOP", "encode", "prefill", FIRST, "least", "x paired", "minima", "FLOPs")
     table = Table(*heads, "choosing", LANGUAGE, "x paired", "minima", "FLOPs")
-    for r, after in zip(found["rows"], [*found["rows"][1:], {"place": None}], strict=True):
+    for r, after in zip(found["rows"], [*found["rows"][1:], {"site": None}], strict=True):
         if "times" not in r:
             continue
         ms = {k: f"{t['median_ms']:.1f}" for k, t in r["times"].items()}
@@ -216,13 +220,15 @@ def text(config: str, found: dict[str, Any]) -> str:
         cells = [number(sum(r["flops"].values())), ms["encode"], ms["prefill"], wide]
         cells += [f"{r['times'][FIRST]['min_ms']:.1f}", *ratios(r, FIRST)]
         cells += [f"{r['choosing_ms']:.1f}" if "choosing_ms" in r else "", ms.get(LANGUAGE, ""), *ratios(r, LANGUAGE)]
-        own = [r["place"], r["method"], f"{r['kept']}/{r['rows']}"]
-        table.add_row(*own, *cells, end_section=after["place"] != r["place"])
+        own = [r["site"], r["method"], f"{r['kept']}/{r['tokens']}"]
+        table.add_row(*own, *cells, end_section=after["site"] != r["site"])
     console.print(table)
     for r in found["rows"]:
         for kind in ("refused", "failed"):
             if kind in r:
-                console.print(f"{kind}: {r['method']} {r['keep']:g} at {r[kind] if kind == 'refused' else r['place']}")
+                console.print(
+                    f"{kind}: {r['method']} {r['keep_ratio']:g} at {r[kind] if kind == 'refused' else r['site']}"
+                )
     rate = max((x["gemm_gflop_per_s"] for x in found["limits"].values() if x), default=0.0)
     console.print(f"products of matrices in the same rounds: {rate:.0f} GFLOP/s at best")
     for note in found["notes"]:
@@ -246,40 +252,33 @@ def plot(configs: dict[str, dict[str, Any]], path: str | Path) -> None:
     figure = png_figure(path, (5.2 * len(configs), 4))
     for axes, (config, found) in zip(figure.subplots(1, len(configs), squeeze=False)[0], configs.items(), strict=True):
         rows = [r for r in found["rows"] if "times" in r]
-        lines = list(dict.fromkeys((r["place"], r["method"]) for r in rows if r["method"] != FULL))
+        lines = list(dict.fromkeys((r["site"], r["method"]) for r in rows if r["method"] != FULL))
         places = list(dict.fromkeys(place for place, _ in lines))
         for i, (place, method) in enumerate(lines):
-            here = [r for r in rows if r["place"] == place and r["method"] in (FULL, method)]
-            own = [(r["keep"], r["times"][FIRST]) for r in sorted(here, key=lambda r: r["keep"])]
+            here = [r for r in rows if r["site"] == place and r["method"] in (FULL, method)]
+            own = [(r["keep_ratio"], r["times"][FIRST]) for r in sorted(here, key=lambda r: r["keep_ratio"])]
             middle = [t["median_ms"] for _, t in own]
             bars = [[abs(t[q] - t["median_ms"]) for _, t in own] for q in ("p25_ms", "p75_ms")]
             style = {"color": f"C{places.index(place)}", "linestyle": "--" if i and lines[i - 1][0] == place else "-"}
             name = f"{place}, {method}"
             axes.errorbar([k for k, _ in own], middle, bars, label=name, marker="o", markersize=3, capsize=2, **style)
         axes.set_xscale("log", base=2)
-        ticks = sorted({r["keep"] for r in rows})
+        ticks = sorted({r["keep_ratio"] for r in rows})
         axes.set_xticks(ticks, [f"{k:.3g}" for k in ticks])
         axes.set_ylim(bottom=0)
         axes.set_title(config, fontsize="medium")
-        axes.set_xlabel("share of rows kept")
+        axes.set_xlabel("share of tokens kept")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.axes[0].set_ylabel("ms to first token")
     save_png(figure, path)
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", default=CONFIGS, help=f"by default {', '.join(CONFIGS)}")
-    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
-    parser.add_argument("--places", default="", help="names, by default all that may pay")
+    parser.add_argument("--keep-ratios", default=",".join(map(str, KEEP_RATIOS)))
+    parser.add_argument("--sites", default="", help="names, by default all that may pay")
     parser.add_argument("--rounds", type=int, default=20, help="0: show what the file holds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -287,13 +286,13 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     configs = json.loads(a.out.read_text())["configs"] if a.out and a.out.exists() else {}
-    keeps, places = [float(k) for k in a.keeps.split(",")], [p for p in a.places.split(",") if p]
+    keeps, places = [float(k) for k in a.keep_ratios.split(",")], [p for p in a.sites.split(",") if p]
     tell = partial(print, file=sys.stderr, flush=True)
     for config in a.configs if a.rounds else ():
         with torch.no_grad():
             configs[config] = measure(config, keeps, places, a.rounds, a.threads, tell)
         if a.out:
-            write({"kind": "compression speed", "configs": configs}, a.out)
+            save_json({"schema": SCHEMA, "kind": "compression speed", "configs": configs}, a.out)
     for config, found in configs.items():
         print(text(config, found))
     if a.plot and configs:

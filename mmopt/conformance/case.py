@@ -15,6 +15,7 @@ from torch import Tensor
 from mmopt.spec.cross_mask import Seen, Sight, masks
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import Samples
+from mmopt.spec.model_info import Cross, Flow
 
 TOKEN_IDS = re.compile(r"out\.greedy\.token_ids(_cached|_nocache)?")
 
@@ -98,9 +99,9 @@ class Case:
     @property
     def markers_made(self) -> bool:
         """Greedy decoding came upon an image marker and went on, and the reference takes that for more than a word."""
-        if self.sights is None or self.greedy_ids is None or not self.sights.info["cross"]["reset"]:
+        if self.sights is None or self.greedy_ids is None or not self.sights.cross.marker_resets:
             return False
-        return bool((self.greedy_ids[:, :-1] == self.sights.info["image_id"]).any())
+        return bool((self.greedy_ids[:, :-1] == self.sights.image_id).any())
 
     @property
     def samples_touch(self) -> bool:
@@ -145,7 +146,8 @@ class Sights:
     something else. after: the sights that the prompts leave. images, inputs, tiles, before: of `Program.__call__`.
     """
 
-    info: dict[str, Any]
+    cross: Cross
+    image_id: int
     images: list[int]
     inputs: dict[str, Tensor]
     tiles: list[int] | None
@@ -157,7 +159,7 @@ class Sights:
     @property
     def blocks(self) -> int:
         """Blocks of the sample with most images."""
-        return max(self.images) * self.info["cross"]["blocks"]
+        return max(self.images) * self.cross.tiles
 
     @property
     def call(self) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class Sights:
         """
         sights, rows = self.last(), [[] for _ in self.images]  # type: list[Sight], list[list[Seen]]
         for column in ids.T.tolist():
-            if self.info["cross"]["reset"] and self.info["image_id"] in column:
+            if self.cross.marker_resets and self.image_id in column:
                 for s in sights:
                     s.now = None
             for b, token in enumerate(column):
@@ -193,13 +195,13 @@ class Sights:
 
     def reread(self, ids: Tensor) -> list[list[Seen]]:
         """What ids ``[B, n]`` see if they are read as the end of the prompts, without a cache."""
-        if not self.info["cross"]["reset"]:  # the reference hands the last row of a mask on
+        if not self.cross.marker_resets:  # the reference hands the last row of a mask on
             return self.feed(ids)
         return [s.read(row) for s, row in zip(self.last(), ids.tolist(), strict=True)]
 
     def time(self, rows: Sequence[Seen]) -> list[int]:
         """The number of the image that each row sees; 0 for none, one more than there are for a marker without."""
-        blocks, beyond = self.info["cross"]["blocks"], max(self.images) + 1
+        blocks, beyond = self.cross.tiles, max(self.images) + 1
         return [0 if r is None else r[0] // blocks + 1 if r else beyond for r in rows]
 
 
@@ -219,12 +221,12 @@ class Painted:
     noise: Tensor
     plan: FlowPlan
     samples: Samples
-    flow: dict[str, Any]
+    flow: Flow
 
     @property
     def rows(self) -> int:
         """Rows of a sample: of the longest prompt, with the time in the place of its last id, and of the image."""
-        return max(map(len, self.prompts)) + self.flow["rows"]
+        return max(map(len, self.prompts)) + self.flow.tokens
 
     @property
     def seen(self) -> Tensor:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from mmopt.conformance.case import Painted
 from mmopt.spec.flow_sampler import lay_out
+from mmopt.spec.model_info import Flow
 from mmopt.spec.solvers import make_plan
 
 if TYPE_CHECKING:
@@ -43,18 +44,18 @@ REASONS = (  # the first that fits: (points, values, reason)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
-def read_painted(case: Case, given: dict[str, Tensor], flow: dict[str, Any] | None) -> None:
-    """Make a case a painting. flow: fields of `mmopt.spec.manifest.Flow` and vocab_size. Raises ValueError that names it."""
+def read_painted(case: Case, given: dict[str, Tensor], given_flow: tuple[Flow, int] | None) -> None:
+    """Make a case a painting. given_flow: of the model, and its vocabulary's size. Raises ValueError."""
     name, noise = case.name, given["in.paint.noise"]
-    if flow is None:
+    if given_flow is None:
         raise ValueError(f"{name}: it is a painting, but this model paints no images")
-    if noise.dim() != 4 or tuple(noise.shape[1:]) != tuple(flow["latents"]) or not len(noise):
-        wanted = ", ".join(map(str, flow["latents"]))
+    flow, vocab_size = given_flow
+    if noise.dim() != 4 or tuple(noise.shape[1:]) != tuple(flow.latents) or not len(noise):
+        wanted = ", ".join(map(str, flow.latents))
         raise ValueError(f"{name}: expected noise of shape (images, {wanted}), found {tuple(noise.shape)}")
     prompts = _prompts(case, given, len(noise))
-    info = {"flow": flow, "context": max(map(len, prompts)) + flow["rows"], "vocab_size": flow["vocab_size"]}
     try:
-        samples = lay_out(prompts, info)
+        samples = lay_out(prompts, flow, max(map(len, prompts)) + flow.tokens, vocab_size)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     plan = make_plan("euler", _steps(case), guidance=_guidance(case))

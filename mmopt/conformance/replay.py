@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -29,6 +28,7 @@ from mmopt.frontend.trace import trace
 from mmopt.pipeline import run_passes
 from mmopt.runtime.engine import Engine
 from mmopt.spec.dtypes import MODEL_DTYPES
+from mmopt.spec.manifest import read_directory
 
 # Cases are recorded in float32. In half precision each rounding is 2^-9 (bfloat16) or 2^-12 (float16) of a value and
 # adds up through image stages and decoder, so the largest error is judged as a share of the largest recorded value of
@@ -148,7 +148,7 @@ class Line:
         self.tell("export")
         out = Path(self.stack.enter_context(tempfile.TemporaryDirectory())) / "engine"
         export(program, out)
-        settings = json.loads((out / "program.json").read_text())["processing"]["image"]
+        settings = read_directory(out).info.processing.image
         return Engine(out), settings
 
 
@@ -212,7 +212,7 @@ def _run(line: Line, point: str, case: Case, forced: bool) -> Pairs:
         return pairs | alone.at_point(point, line.model.module, line.point("program").info, case)
     pairs = at_program(made, case, forced, all_rows=point == "program", values=values)
     pairs |= alone.at_point(point, line.model.module, made.info, case)
-    return pairs | preprocessed(made.info["processing"]["image"], case)
+    return pairs | preprocessed(made.info.processing.image, case)
 
 
 def judge(

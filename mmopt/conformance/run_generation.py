@@ -78,8 +78,8 @@ def at_program(program: Program, case: Case) -> Pairs:
     painting = _of(case)
     watch = Watch(painting.plan.evaluations)
     made = program.paint(painting.prompts, painting.noise, painting.plan, watch)
-    samples = lay_out(painting.prompts, program.info)
-    seen = None if program.info["flow"].get("compact") else painting.seen
+    samples = lay_out(painting.prompts, program.info.required_flow, program.info.context, program.info.vocab_size)
+    seen = None if program.info.required_flow.compact else painting.seen
     whole = {"latents": made["trajectory"], "image": made.get("image"), "seen": seen}
     if made.get("image") is not None:
         whole["levels"] = torch.from_numpy(levels(made["image"].numpy()))
@@ -96,7 +96,12 @@ def at_engine(engine: Any, case: Case) -> Pairs:
     if made.pixels is not None:
         whole["image"] = torch.from_numpy(made.pixels)
         whole["levels"] = torch.from_numpy(np.stack([np.asarray(i) for i in made.images()]))
-    return lay_beside(case, watch, whole, lay_out(painting.prompts, engine.info))
+    return lay_beside(
+        case,
+        watch,
+        whole,
+        lay_out(painting.prompts, engine.info.required_flow, engine.info.context, engine.info.vocab_size),
+    )
 
 
 def _of(case: Case) -> Painted:
@@ -110,7 +115,7 @@ def lay_beside(case: Case, watch: Watch, whole: dict[str, Tensor | None], sample
     painting, pairs = _of(case), {}
     plan = painting.plan
     whole = {
-        "times": torch.tensor(plan.times * painting.flow["time_scale"], dtype=torch.float32),
+        "times": torch.tensor(plan.times * painting.flow.time_scale, dtype=torch.float32),
         "interval": torch.tensor([plan.cond[0, 0] + plan.uncond[0, 0]], dtype=torch.float32),
     } | whole
     for name, wanted in case.outputs.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,12 @@ def cases_of(model: Model) -> Cases:
 def read_model_cases(paths: Iterable[str | Path], model: Model, passed_over: list[str] | None = None) -> list[Case]:
     """`read_cases` for a loaded model."""
     cross = model.family.cross
-    info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
-    flow = None if model.family.flow is None else asdict(model.family.flow(model.config))
-    flow = flow and flow | {"vocab_size": model.config.vocab_size}
+    outside = None if cross is None else cross(model.config)
+    flow = None if model.family.flow is None else (model.family.flow(model.config), model.config.vocab_size)
     stages = model.family.stages(model.module, 1)
     dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
     cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow,
+        paths, model.directory, model.image_id, model.config.tokens_per_image, cases_of(model), outside, dims - 1, flow,
         passed_over,
     )  # fmt: skip
     eos = model.config.eos_token_id
@@ -134,8 +132,8 @@ class Apart:
         self.needs_sees = "sees" in language
         blocks, batch = max(1, self.sights.blocks), len(case.prompts)
         if case.pixel_values is None:
-            cross = self.sights.info["cross"]
-            self.media = torch.zeros(batch, blocks, cross["rows"], cross["width"], dtype=model.dtype)
+            cross = self.sights.cross
+            self.media = torch.zeros(batch, blocks, cross.tokens, cross.width, dtype=model.dtype)
         else:
             inputs = {"pixel_values": case.pixel_values.to(model.dtype), **self.sights.inputs}
             rows = model.module.encode_images(**inputs)  # type: ignore[operator]

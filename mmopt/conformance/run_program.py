@@ -225,7 +225,7 @@ def sight_pair(case: Case, mean: str, wanted: Tensor) -> tuple[Tensor, Tensor]:
         "out.sight.time": torch.tensor([t for r in sights.rows for t in sights.time(r)]),
         "out.sight.seen": (seen & sees[:, None]).long(),
         "out.sight.blind": (~attends).long(),
-        "out.sight.marker": torch.tensor([int(t == sights.info["image_id"]) for p in case.prompts for t in p]),
+        "out.sight.marker": torch.tensor([int(t == sights.image_id) for p in case.prompts for t in p]),
     }[mean]
     theirs = case.real(wanted)
     return ours, theirs.clamp(max=beyond) if mean == "out.sight.time" else theirs.reshape(ours.shape)
@@ -255,8 +255,8 @@ def encode(program: Program, pixel_values: Tensor | None) -> dict[str, Tensor]:
     """The stages before the prompt, on images alone."""
     values = {}
     if pixel_values is not None:
-        values["pixel_values"] = program.as_frames(pixel_values.to(program.info["torch_dtype"]))
-    for call in program.schedule:
+        values["pixel_values"] = program.as_frames(pixel_values.to(program.dtype))
+    for call in program.schedules.text:
         if isinstance(call, Call) and all(call.source(n) in values for n in program.stages[call.stage].inputs):
             stage = program.stages[call.stage]
             made = stage.run(program.weights, {n: values[str(call.source(n))] for n in stage.inputs})

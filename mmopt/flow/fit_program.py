@@ -56,7 +56,7 @@ def fit_flow_schedule(
     forms = [name for name in (form, *named) for _ in range(samples)] if isinstance(held_out, Mapping) else None
     fit = fit_plan(
         velocity, noise, nfe, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
-        forms=forms, model=str(program.info["family"]), form=form,
+        forms=forms, model=str(program.info.family), form=form,
     )  # fmt: skip
     fit = dataclasses.replace(fit, evaluations=fit.evaluations + fine * len(noise))
     if not polish:
@@ -107,7 +107,7 @@ def drawn(
     read = [ids_of(program, g) for g in groups]
     listed = [g[i % len(g)] for g in read for i in range(samples)]
     noise = draw_noise(len(listed), program.info, seed)
-    weight = program.info["flow"]["guidance"] if guidance is None else guidance
+    weight = program.info.required_flow.guidance if guidance is None else guidance
     return ProgramVelocity(program, listed, progress=progress), noise, weight
 
 
@@ -129,10 +129,10 @@ def ids_of(program: Program, prompts: Sequence[str | Sequence[int]]) -> list[lis
     if not any(isinstance(p, str) for p in prompts):
         return [[int(i) for i in p] for p in prompts]
     info = program.info
-    path = Path(info["directory"] or "") / "tokenizer.json"
-    if info["directory"] is None or not path.is_file():
+    path = Path(program.source.directory or "") / "tokenizer.json"
+    if program.source.directory is None or not path.is_file():
         raise ValueError(f"{path}: no such file, so prompts must be lists of ids")
-    chat = ChatTemplate.from_json(info["processing"]["chat"])
+    chat = ChatTemplate.from_json(info.processing.chat)
     text = TextProcessor.of_model(path, info, chat)
     return [painting_ids(text, chat, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
 

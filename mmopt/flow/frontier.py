@@ -45,8 +45,8 @@ class Row:
         return self.plan.passes
 
     def to_json(self) -> dict[str, Any]:
-        keys = ("solver", "evaluations", "passes", "mean", "p90", "seconds")
-        return {k: getattr(self, k) for k in keys} | {"guidance": self.plan.guidance}
+        keys = ("solver", "evaluations", "mean", "p90", "seconds")
+        return {k: getattr(self, k) for k in keys} | {"nfe": self.passes, "guidance": self.plan.guidance}
 
 
 def measure(velocity: Velocity, noises: np.ndarray, plan: FlowPlan, truth: np.ndarray, timed: bool = False) -> Row:

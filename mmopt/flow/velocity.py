@@ -30,8 +30,8 @@ class ProgramVelocity:
         together: int = 16,
         progress: Callable[[int], None] | None = None,
     ):
-        if not program.painting:
-            raise ValueError(f"{program.info['family']} paints no images")
+        if not program.schedules.image:
+            raise ValueError(f"{program.info.family} paints no images")
         if not program.has_weights:
             raise ValueError("this Program has shapes only, no weights: nothing can be fitted to it")
         self.program, self.passes, self.progress = program, 0, progress
@@ -72,11 +72,14 @@ class Group:
     """Some images that are computed together."""
 
     def __init__(self, program: Program, prompts: Sequence[Sequence[int]], gradients: bool = False):
-        self.count, self.scale = len(prompts), program.info["flow"]["time_scale"]
-        samples, nothing = lay_out(prompts, program.info), make_plan("euler", 1)
+        self.count, self.scale = len(prompts), program.info.required_flow.time_scale
+        samples, nothing = (
+            lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size),
+            make_plan("euler", 1),
+        )
         self.painter = program.painter(samples, nothing, gradients=gradients)
-        place = next(i for i, item in enumerate(program.painting) if isinstance(item, Loop))
-        loop, before = program.painting[place], program.painting[:place]
+        place = next(i for i, item in enumerate(program.schedules.image) if isinstance(item, Loop))
+        loop, before = program.schedules.image[place], program.schedules.image[:place]
         assert isinstance(loop, Loop)
         assert loop.update
         self.body, self.velocity = loop.body, loop.update[1]

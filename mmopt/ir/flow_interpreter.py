@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.stage import Stage
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import Painter, Samples, lay_out, plan_of
+from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.schedule import Call, Loop, is_cache
 
 
@@ -19,7 +21,7 @@ def torch_painter(
     schedule: tuple[Call | Loop, ...],
     weights: dict[str, Tensor],
     state: dict[str, tuple[tuple, torch.dtype]],
-    info: dict[str, Any],
+    info: ModelInfo,
     samples: Samples,
     plan: FlowPlan,
     trips: Any = None,
@@ -44,8 +46,8 @@ def torch_painter(
     inputs = {k: {i: n.meta["shape"] for i, n in s.input_nodes().items()} for k, s in stages.items()}
     painter = TorchPainter(schedule, inputs, samples, plan, trips)
     painter.values |= {k: torch.from_numpy(v) for k, v in samples.values().items()}
-    painter.values["steps.time"] = torch.tensor(plan.times * info["flow"]["time_scale"], dtype=torch.float32)
-    width, dtype, both = info["hidden_size"], info["torch_dtype"], len(samples.ids)
+    painter.values["steps.time"] = torch.tensor(plan.times * info.required_flow.time_scale, dtype=torch.float32)
+    width, dtype, both = info.hidden_size, torch_dtype(info), len(samples.ids)
     painter.values["no_rows"] = torch.zeros(both, 0, width, dtype=dtype)
     for k, (size, kind) in state.items():
         if is_cache(k):
@@ -53,16 +55,14 @@ def torch_painter(
     return painter
 
 
-def paint(
-    painter: Callable[..., Painter], info: dict[str, Any], prompts: list[list[int]], noise: Tensor, plan: Any
-) -> dict:
+def paint(painter: Callable[..., Painter], info: ModelInfo, prompts: list[list[int]], noise: Tensor, plan: Any) -> dict:
     """See `Program.paint`; `painter` makes one of samples, a plan and what is called after each evaluation."""
-    shape = (len(prompts), *info["flow"]["latents"])
+    shape = (len(prompts), *info.required_flow.latents)
     if tuple(noise.shape) != shape or noise.dtype != torch.float32:
         raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}, expected float32 of shape {shape}")
     plan = plan_of(plan, info)
     trajectory: list[Tensor] = []
-    samples = lay_out(prompts, info)
+    samples = lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     made_by = painter(samples, plan, lambda k, latents: trajectory.append(latents))
     with torch.inference_mode():
         latents = made_by.paint(noise)

@@ -16,7 +16,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from mmopt.ir import ops  # noqa: F401  (defines the operators of `torch.ops.mmopt`)
+import mmopt.ir.ops  # noqa: F401  registers the operators named below
+from mmopt.spec.model_info import ModelInfo
 
 aten = torch.ops.aten
 
@@ -56,6 +57,11 @@ def simplify(size: Any) -> Size:
         size = sympy.expand(size)
         return int(size) if size.is_Integer else size
     return int(size)
+
+
+def torch_dtype(info: ModelInfo) -> torch.dtype:
+    """That of a model's weights."""
+    return getattr(torch, info.dtype)
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:

@@ -52,7 +52,7 @@ class TorchStages:
     """
 
     def __init__(self, program: Program, inputs: Inputs, routing: str | None, shared: Shared):
-        self.device, dtype = shared.device, program.info["torch_dtype"]
+        self.device, dtype = shared.device, program.dtype
         self.values: dict[str, torch.Tensor] = {
             k: torch.zeros([1 if s == "B" else s for s in shape], dtype=kind, device=self.device)
             for k, (shape, kind) in program.state.items()
@@ -63,8 +63,8 @@ class TorchStages:
         chunks = [(0, inputs.ids[:lead], 0, 0), (inputs.image_rows, inputs.ids[lead:], lead, 0)]
         if routing is not None:
             chunks = [(inputs.image_rows, inputs.ids, 0, lead)]
-        encode = [c.stage for c in program.schedule if not hasattr(c, "body")]
-        body = [c.stage for loop in program.schedule if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
+        encode = [c.stage for c in program.schedules.text if not hasattr(c, "body")]
+        body = [c.stage for loop in program.schedules.text if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
         self.steps: dict[str, list[Step]] = {
             "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
             "prefill": [self._chunk(program, s, c, shared, routing) for c in chunks for s in body],
@@ -73,7 +73,7 @@ class TorchStages:
 
     def _chunk(self, program: Program, stage: str, chunk: tuple, shared: Shared, routing: str | None) -> Step:
         rows, ids, past, leading = chunk
-        width, dtype = program.info.get("row_width", program.info["hidden_size"]), program.info["torch_dtype"]
+        width, dtype = program.info.image_embed_width, program.dtype
         before, after = int(past > 0 and not rows), int(past > 0 or rows > 0)  # a prompt of one image, then a token
         told = told_of_images(before, after, program.info)
         fixed: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmopt.ir.capture import StageSpec
-from mmopt.spec.manifest import Cross, Flow
+from mmopt.spec.model_info import Cross, Flow
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from mmopt.ir.inspect import inspect
@@ -25,8 +27,8 @@ def cost(program: Program, beside: Program | None = None, images: int = 1) -> fl
     beside: a program whose prompt has as much text, however few rows its images take.
     """
     info = program.info
-    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * images if beside else 0
-    found = inspect(program, batch=1, images=images, new_tokens=1, context=info["context"] - fewer)["totals"]
+    fewer = (beside.info.tokens_per_image - info.tokens_per_image) * images if beside else 0
+    found = inspect(program, batch=1, images=images, new_tokens=1, context=info.context - fewer)["totals"]
     return float(found.get("encode_flops_per_image", 0) * images + found["prefill_flops"])
 
 
@@ -53,16 +55,17 @@ def compress(program: Program, place: Place, kept: int, method: str, positions: 
             runs[name], results[name] = run, values
     border = {k: found for k, found in border.items() if found[1].new is not None}
     if "image_rows" in border:
-        if program.info.get("rows_left_out_late"):
+        if program.info.cache_delta:
             raise RefusedError("rows of images were left out inside the language model before")
         name, rows = border["image_rows"]
         at = program.stages[name].outputs.index("image_rows")
-        if program.info.get("cross"):
+        if program.info.cross:
             count_rows(made, rows)
         elif positions == "keep":
             results[name][at] = carry_places(made, runs[name].b, results[name][at], rows)
         else:
-            made.info["rows_per_image"] += int(rows.size - rows.count)
+            tokens = made.info.tokens_per_image + int(rows.size - rows.count)
+            made.info = replace(made.info, tokens_per_image=tokens)
     made.stages |= finish(program, runs, results, border)
     return made
 

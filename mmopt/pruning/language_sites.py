@@ -36,19 +36,19 @@ class Among(NamedTuple):
 def among_text(program: Program) -> Among | None:
     """None if images lie outside the text, or nothing is known of their rows."""
     name = next(
-        (c.stage for i in program.schedule if isinstance(i, Loop) for c in i.body if "visual" in c.rename), None
+        (c.stage for i in program.schedules.text if isinstance(i, Loop) for c in i.body if "visual" in c.rename), None
     )
     last = program.stages[image_stages(program)[-1]] if name else None
     if name is None or last is None or "image_rows" not in last.outputs:
         return None
     rows = follow(program)[image_stages(program)[-1]].rows.get(last.output_nodes()["image_rows"])
-    return None if rows is None else Among(name, rows, program.info["rows_per_image"])
+    return None if rows is None else Among(name, rows, program.info.tokens_per_image)
 
 
 def inside_places(program: Program) -> list[Place]:
     """After each attention of the language model but the last."""
     found = among_text(program)
-    if found is None or program.info.get("rows_left_out_late"):
+    if found is None or program.info.cache_delta:
         return []
     stage = program.stages[found.stage]
     inputs = stage.input_nodes()
@@ -78,8 +78,8 @@ def narrow_language(program: Program, place: Place, kept: int, method: str) -> P
     narrower.b.output(narrower.run())
     made.stages[found.stage] = Stage(narrower.b.graph, [LATE, *stage.inputs], stage.outputs)
     paint_apart(made, found.stage, stage)
-    made.info["rows_left_out_late"] = int(found.patches.count - kept)
-    made.schedule = tuple(told(i, found.stage, [LATE]) for i in program.schedule)
+    made.info = replace(made.info, cache_delta=int(found.patches.count - kept))
+    made.schedules = made.schedules.replaced(text=tuple(told(i, found.stage, [LATE]) for i in program.schedules.text))
     return made
 
 

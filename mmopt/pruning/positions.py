@@ -17,7 +17,7 @@ from mmopt.ir.graph import ADD, ARANGE, EMBEDDING, FULL, MUL, Builder, aten, map
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.pruning.propagate import Narrower, RefusedError, Rows
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.spec.schedule import Call, Cat, Loop
 
 BASE = 128  # a column holds whole numbers below it exactly, in every type
 COLUMNS = 2
@@ -35,7 +35,8 @@ def count_rows(program: Program, rows: Rows) -> None:
             narrower = Narrower(stage.graph, given)
             narrower.b.output(narrower.run())
             program.stages[name] = stage.replaced(narrower.b.graph)
-    program.info["cross"] = {**program.info["cross"], "rows": int(rows.size)}
+    assert program.info.cross is not None
+    program.info = replace(program.info, cross=replace(program.info.cross, tokens=int(rows.size)))
 
 
 def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> Node:
@@ -45,18 +46,21 @@ def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> 
     """
     info, name = program.info, "language_model"
     gone = int(rows.count - rows.size)
-    if info.get("row_width"):
+    if info.position_delta:
         raise RefusedError("rows of images were left out before, at kept positions")
     old = program.stages[name]
-    program.stages[name], reach = reposition(old, info["rows_per_image"] - gone, gone)
-    info |= {
-        "rows_per_image": info["rows_per_image"] - gone,
-        "rows_left_out": gone,
-        "row_width": info["hidden_size"] + COLUMNS,
-        "positions": reach,
-    }
+    program.stages[name], reach = reposition(old, info.tokens_per_image - gone, gone)
+    program.info = replace(
+        info,
+        tokens_per_image=info.tokens_per_image - gone,
+        position_delta=gone,
+        image_embed_width=info.hidden_size + COLUMNS,
+        positions=reach,
+    )
     paint_apart(program, name, old)
-    program.schedule = tuple(told(i, name, ("left_out_before", "left_out")) for i in program.schedule)
+    program.schedules = program.schedules.replaced(
+        text=tuple(told(i, name, ("left_out_before", "left_out")) for i in program.schedules.text)
+    )
     return _with_columns(b, image_rows, rows)
 
 
@@ -166,9 +170,11 @@ def _is_position(n: Node, past: Node) -> bool:
 
 def paint_apart(program: Program, name: str, old: Stage) -> None:
     """Painting reads no images: where it called a stage that was changed, it goes on with that as it was."""
-    if any(c.stage == name for c in calls_of(program.painting)):
+    if any(c.stage == name for c in program.schedules.image.calls()):
         program.stages[f"{name}.paint"] = old
-        program.painting = tuple(_renamed(i, name, f"{name}.paint") for i in program.painting)
+        program.schedules = program.schedules.replaced(
+            image=tuple(_renamed(i, name, f"{name}.paint") for i in program.schedules.image)
+        )
 
 
 def _renamed(item: Call | Loop, old: str, new: str) -> Call | Loop:

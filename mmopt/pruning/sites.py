@@ -43,7 +43,7 @@ class Place:
 
 def image_stages(program: Program) -> list[str]:
     """The stages that make rows of pixels, in the order of their calls."""
-    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedule)]  # type: ignore[union-attr]
+    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedules.text)]  # type: ignore[union-attr]
 
 
 def follow(program: Program) -> dict[str, Narrower]:

@@ -8,7 +8,7 @@ from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, CAT
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False) -> str | None:
@@ -26,7 +26,7 @@ def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False)
     body = list(loop.body)
     call, before, after = body[place], body[:place], body[place + 1 :]
     made = writes([call])
-    others = [c for c in calls_of(program.painting) if c not in body]
+    others = [c for c in program.schedules.image.calls() if c not in body]
     if found := made & writes(before + after):
         return f"{min(found)} is written by another call of the loop too"
     if found := made & (reads(before) | reads([call])):

@@ -53,7 +53,7 @@ class Chat:
             decoder, ids, answer = self._decoder, job.ids, job.answer
             self._cache = self._cache or Cache(decoder.layout, 1)
             kept = _common(self._fed, ids[:-1])  # at least one row must be fed, to get logits
-            used = ids[:kept].count(decoder.info["image_id"])
+            used = ids[:kept].count(decoder.info.image_id)
             if used < len(job.images) and decoder.sees_ahead(ids):  # the new images change rows that were read before
                 kept = used = 0
             self._fed = ids[:kept]

@@ -57,24 +57,22 @@ class Engine:
             raise EngineError(f"threads is {threads}, expected at least 1")
         if keep_bytes < 0:
             raise EngineError(f"keep_bytes is {keep_bytes}, expected 0 (nothing is kept) or more")
-        facts = read_directory(self.directory, verify_checksums)
-        self.dtype, self.info, self.target = facts["dtype"], facts["info"], facts.get("target")
+        self.manifest = manifest = read_directory(self.directory, verify_checksums)
+        self.dtype, self.info, self.target = manifest.dtype, manifest.info, manifest.target
         self.provider = choose_provider(provider, self.dtype)
         self.threads = threads or default_threads()
-        processing = facts["processing"]
         with _engine_errors(f"{self.directory / 'program.json'}: "):
-            self.image_processor = processor_of(processing["image"])
-            self.template = ChatTemplate.from_json(processing["chat"])
-        self._text = self._read_tokenizer(processing.get("tokenizer"))
-        self.facts = facts
-        self.decoder = Decoder(self.directory, facts, self.provider, self.threads)
-        self.fingerprint, self.store = fingerprint(facts), Store(keep_bytes)
+            self.image_processor = processor_of(self.info.processing.image)
+            self.template = ChatTemplate.from_json(self.info.processing.chat)
+        self._text = self._read_tokenizer(manifest.tokenizer)
+        self.decoder = Decoder(self.directory, manifest, self.provider, self.threads)
+        self.fingerprint, self.store = fingerprint(manifest), Store(keep_bytes)
 
     def __repr__(self) -> str:
         i = self.info
         return (
-            f"Engine({str(self.directory)!r}: {i['family']}, {self.dtype}, provider {self.provider}, "
-            f"{self.threads} threads, context {i['context']}, batch up to {i['batch']}, images up to {i['images']})"
+            f"Engine({str(self.directory)!r}: {i.family}, {self.dtype}, provider {self.provider}, "
+            f"{self.threads} threads, context {i.context}, batch up to {i.batch}, images up to {i.images})"
         )
 
     @property
@@ -105,11 +103,11 @@ class Engine:
         return answering if stream else answering.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests together, ``info["batch"]`` at once; what is asked beside it does not change an answer.
+        """Answer requests together, ``info.batch`` at once; what is asked beside it does not change an answer.
 
         Those with beams take the lanes of a batch for themselves, one after the other.
         """
-        jobs, most = [self.prepare(r) for r in requests], self.info["batch"]
+        jobs, most = [self.prepare(r) for r in requests], self.info.batch
         together = [j for j in jobs if j.answer.request.beams == 1]
         for i in range(0, len(together), most):
             group = sorted(together[i : i + most], key=lambda j: -j.answer.limit)
@@ -154,13 +152,13 @@ class Engine:
         trajectory: bool = False,
         observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
     ) -> Painting:
-        """One picture for each prompt, ``info["batch"]`` at once; what is painted beside it does not change a picture.
+        """One picture for each prompt, ``info.batch`` at once; what is painted beside it does not change a picture.
 
         See `generate_image`; the result holds latents and pixels as numbers. `trajectory` keeps the latents after each
         evaluation. `observe` is called after each stage, as that of `Program.paint`.
         """
-        if not self.facts.get("painting"):
-            raise EngineError(f"{self.directory}: {self.info['family']} paints no images")
+        if not self.manifest.schedules.image:
+            raise EngineError(f"{self.directory}: {self.info.family} paints no images")
         if isinstance(prompts, str):
             raise EngineError("prompts is one text, expected a list of prompts")
         if not len(prompts):
@@ -170,8 +168,8 @@ class Engine:
             plan = choose_plan(solver, steps, guidance, self.info)
             if noise is None:
                 noise = draw_noise(len(ids), self.info, seed)
-        with shown(progress, plan.evaluations * -(-len(ids) // self.info["batch"])) as tell:
-            return paint(self.decoder, self.facts, ids, noise, plan, trajectory, tell, observe)
+        with shown(progress, plan.evaluations * -(-len(ids) // self.info.batch)) as tell:
+            return paint(self.decoder, self.manifest, ids, noise, plan, trajectory, tell, observe)
 
     def _painting_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt with one more, whose place the picture takes."""
@@ -216,14 +214,14 @@ class Engine:
         if not (isinstance(images, np.ndarray) and images.ndim >= 4 and images.dtype != np.uint8):
             pixels, inputs, _ = self._pixels(images)
             return self.decoder.encode(pixels, inputs)
-        shape, expected = images.shape, self.decoder.pixels["shape"][1:]
+        shape, expected = images.shape, list(self.decoder.pixels.shape[1:])
         if self.decoder.takes_frames and images.ndim == 4:
             images = images[:, None]
         if images.ndim == len(expected) + 1 and expected[0] == "F":
             self._check_frames(images.shape[1], "a video of pixel_values")
             expected = [images.shape[1], *expected[1:]]
-        if images.shape[1:] != tuple(expected):
-            expected = self.decoder.pixels["shape"][1:]
+        if list(images.shape[1:]) != expected:
+            expected = list(self.decoder.pixels.shape[1:])
             raise EngineError(f"pixel_values have shape {shape}, expected (N, {', '.join(map(str, expected))})")
         return self.decoder.encode(images, inputs)
 
@@ -245,8 +243,8 @@ class Engine:
 
     def _check_frames(self, frames: int, what: str) -> None:
         if not self.decoder.takes_frames:
-            raise EngineError(f"{what} is a list of frames, but {self.info['family']} takes single images, no videos")
-        most = self.info.get("max_frames")
+            raise EngineError(f"{what} is a list of frames, but {self.info.family} takes single images, no videos")
+        most = self.info.max_frames
         if frames < 1 or (most is not None and frames > most):
             limit = "at least 1" if most is None else f"1 to {most}"
             raise EngineError(f"{what} has {frames} frames, expected {limit}")
@@ -286,9 +284,9 @@ class Engine:
         if image_rows is not None and image_rows.shape[1:] != self.decoder.rows_shape:
             expected = ", ".join(map(str, self.decoder.rows_shape))
             raise EngineError(f"image_rows have shape {image_rows.shape}, expected (N, {expected})")
-        eos = frozenset(() if ignore_eos or forced is not None else self.info["eos_ids"])
+        eos = frozenset(() if ignore_eos or forced is not None else self.info.eos_ids)
         jobs, rest = [], _each(image_rows)
-        counts = [list(p).count(self.info["image_id"]) for p in prompts] if images is None else list(images)
+        counts = [list(p).count(self.info.image_id) for p in prompts] if images is None else list(images)
         if sum(counts) != len(rest):
             raise EngineError(f"the prompts have places for {sum(counts)} images, but {len(rest)} were given")
         each = [self.decoder.image(r, tiles[i] if tiles is not None else None) for i, r in enumerate(rest)]
@@ -325,37 +323,37 @@ class Engine:
         else:
             with _engine_errors("the prompt is neither text nor messages nor token ids: "):
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        if request.beams > self.info["batch"]:
+        if request.beams > self.info.batch:
             raise EngineError(
-                f"beams is {request.beams}, but this engine was made for at most {self.info['batch']} samples at once, "
+                f"beams is {request.beams}, but this engine was made for at most {self.info.batch} samples at once, "
                 f"and each beam takes the place of one: export it with batch {request.beams} or more"
             )
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
         rows = count_rows(ids, self.info) + (start.rows if start else 0)
         gone = left_out(ids, self.info) + (left_out(start.ids, self.info) if start else 0)
-        most = self.info.get("positions", self.info["context"] + gone) - gone  # rows that have positions
-        limit = request.max_new_tokens or max(1, min(self.info["context"], most) - rows + 1)
+        most = self.info.context if self.info.positions is None else self.info.positions - gone  # tokens with positions
+        limit = request.max_new_tokens or max(1, min(self.info.context, most) - rows + 1)
         with _engine_errors():
             plan([ids], self.info, limit)
-        if "positions" in self.info and rows + limit - 1 > most:
+        if self.info.positions is not None and rows + limit - 1 > most:
             raise EngineError(
                 f"the prompt with its prefix reaches position {rows + limit - 1 + gone}, rows of images that were left "
-                f"out counted, but the model has {self.info['positions']}"
+                f"out counted, but the model has {self.info.positions}"
             )
-        if start and rows + limit - 1 > self.info["context"]:
+        if start and rows + limit - 1 > self.info.context:
             raise EngineError(
                 f"the prefix takes {start.rows} rows, the prompt {rows - start.rows}, and {limit} new tokens are asked "
-                f"for, but the cache holds {self.info['context']}"
+                f"for, but the cache holds {self.info.context}"
             )
         self._count_images(ids, len(earlier) + len(request.images))
         if start and request.images and self.decoder.sees_ahead(start.ids):
             raise EngineError(
-                f"{self.info['family']}: text before the first image sees all images, so images after a prefix would "
+                f"{self.info.family}: text before the first image sees all images, so images after a prefix would "
                 "change its rows; let the prefix begin with an image, or give the images without a prefix"
             )
         new, _ = self._ready(request.images)
-        answer = Answer(request, limit, frozenset(self.info["eos_ids"]), self._text, prompt_rows=rows)
+        answer = Answer(request, limit, frozenset(self.info.eos_ids), self._text, prompt_rows=rows)
         return Job(answer, ids, [*earlier, *new], prefix=start)
 
     def _rest_of_message(self, request: Request, start: Prefix) -> list[int]:
@@ -404,7 +402,7 @@ class Engine:
             return self.text.encode(self.template.render(messages))
 
     def _count_images(self, ids: Sequence[int], given: int) -> None:
-        wanted = sum(1 for t in ids if t == self.info["image_id"])
+        wanted = sum(1 for t in ids if t == self.info.image_id)
         if wanted != given:
             raise EngineError(f"the prompt has places for {wanted} images, but {given} were given")
 

@@ -16,7 +16,8 @@ from mmopt.runtime.tensor import Tensor, from_bits
 from mmopt.spec.errors import EngineError
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import Painter, Samples, lay_out, levels, plan_of
-from mmopt.spec.schedule import from_json, is_cache
+from mmopt.spec.manifest import Manifest
+from mmopt.spec.schedule import is_cache
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,26 @@ class EnginePainter(Painter):
     def __init__(
         self,
         decoder: Decoder,
-        facts: dict[str, Any],
+        manifest: Manifest,
         samples: Samples,
         plan: FlowPlan,
         trips: Any = None,
         observe: Any = None,
     ):
-        listed = facts["stages"]
-        inputs = {k: {i: x["shape"] for i, x in s["inputs"].items()} for k, s in listed.items()}
-        super().__init__([from_json(i) for i in facts["painting"]], inputs, samples, plan, trips)
+        listed = manifest.stages
+        inputs = {k: {i: x.shape for i, x in s.inputs.items()} for k, s in listed.items()}
+        super().__init__(manifest.schedules.image, inputs, samples, plan, trips)
         self.observe = observe
-        self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.get("one_sample")}
-        self.info, both = facts["info"], 2 * self.count
+        self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.one_sample}
+        self.info, both = manifest.info, 2 * self.count
         model = decoder.language
         self.cached = [k for k in model.inputs if is_cache(k)]
         self.caches = {
-            k: Tensor.zeros((both, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
-            for k in self.cached
+            k: Tensor.zeros((both, *model.inputs[k].sizes()), model.inputs[k].dtype, model.device) for k in self.cached
         }
         self.values |= samples.values()
-        times = np.asarray(plan.times * self.info["flow"]["time_scale"], np.float32)
-        bits = Tensor.zeros((both, 0, self.info["hidden_size"]), decoder.dtype).owner
+        times = np.asarray(plan.times * self.info.required_flow.time_scale, np.float32)
+        bits = Tensor.zeros((both, 0, self.info.hidden_size), decoder.dtype).owner
         self.values |= {"steps.time": times, "no_rows": bits}
 
     def cat(self, parts: list[np.ndarray], dim: int) -> np.ndarray:
@@ -99,7 +99,7 @@ class EnginePainter(Painter):
     def _lane_by_lane(self, call: Any, stage: StageSession, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """Each sample through its own lane of the caches. Rows of padding after a prompt are not fed, and a prompt that
         an earlier lane holds is copied from there."""
-        prompt = "prompt.text" in call.sources("text") and self.info["flow"].get("compact")
+        prompt = "prompt.text" in call.sources("text") and self.info.required_flow.compact
         held: dict[bytes, int] = {}
         for b in range(given["past"].shape[0]):
             own = {k: t[b : b + 1] for k, t in given.items()}
@@ -121,7 +121,7 @@ def _place(t: Tensor) -> tuple[str, int, str, Any]:
 
 
 def _memory(stage: StageSession, name: str, x: Any) -> Tensor:
-    return x if isinstance(x, Tensor) else Tensor.of(x, stage.inputs[name]["dtype"], stage.device)
+    return x if isinstance(x, Tensor) else Tensor.of(x, stage.inputs[name].dtype, stage.device)
 
 
 def _stored(t: Tensor) -> np.ndarray:
@@ -144,7 +144,7 @@ def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[C
 
 def paint(
     decoder: Decoder,
-    facts: dict[str, Any],
+    manifest: Manifest,
     prompts: Sequence[Sequence[int]],
     noise: np.ndarray,
     plan: FlowPlan | None = None,
@@ -152,12 +152,14 @@ def paint(
     progress: Callable[[int, int], None] | None = None,
     observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
 ) -> Painting:
-    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info["batch"]`` at once.
+    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info.batch`` at once.
 
     `progress` is told how many evaluations are done, and of how many. `observe` is called after each stage, as that of
     `Program.paint`, with arrays. Raises EngineError for a wrong prompt or noise.
     """
-    info, latents = facts["info"], tuple(facts["info"]["flow"]["latents"])
+    info = manifest.info
+    assert info.flow is not None
+    latents = tuple(info.flow.latents)
     if not isinstance(noise, np.ndarray):
         raise EngineError(f"noise is {type(noise).__name__}, expected an array of numpy")
     if noise.shape != (len(prompts), *latents) or noise.dtype != np.float32:
@@ -165,10 +167,10 @@ def paint(
             f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"
         )
     try:
-        lay_out(prompts, info)
+        lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     except ValueError as e:
         raise EngineError(str(e)) from e
-    plan, size = plan_of(plan, info), info["batch"]
+    plan, size = plan_of(plan, info), info.batch
     groups = range(0, len(prompts), size)
     kept: list[list[np.ndarray]] = [[] for _ in groups]
     latents_made, pixels_made = [], []
@@ -181,10 +183,17 @@ def paint(
             if progress:
                 progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-        painter = EnginePainter(decoder, facts, lay_out(prompts[part], info), plan, after, observe)
+        painter = EnginePainter(
+            decoder,
+            manifest,
+            lay_out(prompts[part], info.required_flow, info.context, info.vocab_size),
+            plan,
+            after,
+            observe,
+        )
         latents_made.append(painter.paint(noise[part]))
         if "image" in painter.values:
-            dtype = facts["stages"]["decode_image"]["outputs"]["image"]["dtype"]
+            dtype = manifest.stages["decode_image"].outputs["image"].dtype
             pixels_made.append(from_bits(painter.values["image"], dtype))
     return Painting(
         np.concatenate(latents_made),

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmopt.runtime.tensor import Tensor
 from mmopt.spec.cross_mask import Sight
+from mmopt.spec.model_info import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Image:
 class View:
     """The images of one lane and what its rows see of them, as far as its text has been read."""
 
-    def __init__(self, info: dict[str, Any], images: Sequence[Image] = (), before: int = 0):
+    def __init__(self, info: ModelInfo, images: Sequence[Image] = (), before: int = 0):
         self.images = list(images)
-        self.blocks = info["cross"]["blocks"]
-        self.sight = Sight(info, len(self.images), self._tiles(), before)
+        self.blocks = info.required_cross.tiles
+        self.sight = Sight(info.required_cross, info.image_id, len(self.images), self._tiles(), before)
 
     def _tiles(self) -> list[int]:
         return [i.tiles or self.blocks for i in self.images]

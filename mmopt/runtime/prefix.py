@@ -17,9 +17,8 @@ from mmopt.runtime.cache_layout import CacheLayout
 from mmopt.runtime.images import Image, View
 from mmopt.runtime.tensor import Tensor, to_bits
 from mmopt.spec.errors import EngineError
+from mmopt.spec.manifest import SCHEMA, Manifest
 from mmopt.spec.prompt import count_rows
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +69,13 @@ class Prefix:
         return path
 
 
-def fingerprint(facts: dict[str, Any]) -> str:
+def fingerprint(manifest: Manifest) -> str:
     """What makes an engine compute what it computes: graphs, weights and dtype, as program.json lists them."""
     listed = {
-        "stages": {k: s["sha256"] for k, s in facts["stages"].items()},
-        "weights": [f["sha256"] for f in (facts["weights"], *facts["weights"].get("linked", ()))],
-        "dtype": facts["dtype"],
-        "image": facts["processing"]["image"],
+        "stages": {k: s.sha256 for k, s in manifest.stages.items()},
+        "weights": [w.sha256 for w in manifest.weights],
+        "dtype": manifest.dtype,
+        "image": manifest.info.processing.image,
     }
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
@@ -119,7 +118,7 @@ def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], layout: Cac
         _, heads, _, width = layout.caches[k][0]
         if x.shape != (heads, rows, width):
             raise ValueError(f"{k} has shape {x.shape}, expected {(heads, rows, width)}")
-    view = View(info, images) if info.get("cross") else None
+    view = View(info, images) if info.cross else None
     if view:
         view.sight.read(said["ids"])
     return Prefix(tuple(said["ids"]), rows, images, caches, view, made_for, dtype, said.get("text"))

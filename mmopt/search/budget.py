@@ -134,12 +134,12 @@ def search_quality(
     """The program with the cheapest compression that keeps a budget of quality, then `passes` (by default the exact).
 
     If no plan keeps the budget nothing is compressed, and the report says so. observers are told what is measured.
-    prompts: for a budget of drift, as in `mmopt.optimize`. The plan stands in ``info["plan"]`` of the program made, see
+    prompts: for a budget of drift, as in `mmopt.optimize`. The plan stands in ``info.plan`` of the program made, see
     `mmopt.search.plan`. Raises ValueError for programs without weights or places, and for a store of another search.
     """
     exact = default_passes() if passes is None else list(passes)
-    if budget.flow is not None and not program.painting:
-        raise ValueError(f"a budget of drift is for programs that paint; {program.info['family']} paints no images")
+    if budget.flow is not None and not program.schedules.image:
+        raise ValueError(f"a budget of drift is for programs that paint; {program.info.family} paints no images")
     if budget.flow is not None and not prompts:
         raise ValueError("a budget of drift needs prompts of the form that will be painted, found none")
 
@@ -202,7 +202,7 @@ class _Measuring:
         self.shown = next((s for s in self.task.samples if s.images), self.task.samples[0])
         space, first = candidates(budget, list(self.places))
         if not space:
-            raise ValueError(f"{program.info['family']}: there is no place where visual tokens can be compressed so")
+            raise ValueError(f"{program.info.family}: there is no place where visual tokens can be compressed so")
         facts = identity(program, self.task, [importlib.metadata.version("mmopt"), budget.to_json(), space])
         self.trials = Trials(space, first, budget.seed, budget.store, facts)
 

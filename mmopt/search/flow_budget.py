@@ -21,8 +21,8 @@ def keep_fits(
 
     The first of `steps` is the one to paint by when nothing else is asked for. Raises ValueError that names the file.
     """
-    if not program.painting:
-        raise ValueError(f"plans are fitted to programs that paint; {program.info['family']} paints no images")
+    if not program.schedules.image:
+        raise ValueError(f"plans are fitted to programs that paint; {program.info.family} paints no images")
     prompts = read_prompts(path)
     fits = []
     for n in steps:
@@ -39,10 +39,8 @@ def keep_fits(
 
 def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]) -> Result:
     """A Program that paints, with the cheapest plan that keeps a budget of drift."""
-    if not result.program.painting:
-        raise ValueError(
-            f"a budget of drift is for programs that paint; {result.program.info['family']} paints no images"
-        )
+    if not result.program.schedules.image:
+        raise ValueError(f"a budget of drift is for programs that paint; {result.program.info.family} paints no images")
     choice, rows = reduce_to_budget(result.program, prompts, budget)
     plan = choice.row.plan
     made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)

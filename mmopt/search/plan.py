@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ COMPRESS, REDUCE = "compress_visual_tokens", "reduce_flow_steps"
 Plan = dict[str, Any]
 
 """``{"format": FORMAT, "passes": [{"name": ..., and its arguments}], ...}``; what was asked for and measured may stand
-beside it. All of it is JSON; in ``program.info["plan"]`` it goes along with a Program into its engines."""
+beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program into its engines."""
 
 
 def make_plan(passes: Sequence[dict[str, Any]], **facts: Any) -> Plan:
@@ -40,8 +41,9 @@ def compression(place: str, method: str, keep: float, positions: str = "keep") -
 
 def flow_steps(program: Program) -> dict[str, Any]:
     """The pass reduce_flow_steps in a plan, with the plans that a program paints by."""
-    flow = program.info["flow"]
-    return {"name": REDUCE, "plan": flow["plan"], "fitted": list(flow.get("plans", ()))}
+    flow = program.info.required_flow
+    assert flow.plan is not None
+    return {"name": REDUCE, "plan": flow.plan.to_json(), "fitted": [p.to_json() for p in flow.plans]}
 
 
 def read_plan(source: Plan | str | Path) -> Plan:
@@ -106,8 +108,8 @@ def _compress(given: dict[str, Any], program: Program | None) -> Pass:
 
 def _reduce(given: dict[str, Any], program: Program | None) -> Pass:
     _arguments(REDUCE, given, ("plan",), ("fitted",))
-    if program is not None and not program.painting:
-        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info['family']} paints no images")
+    if program is not None and not program.schedules.image:
+        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info.family} paints no images")
     return ReduceFlowSteps(FlowPlan.from_json(given["plan"]), [FlowPlan.from_json(f) for f in given.get("fitted", [])])
 
 
@@ -139,7 +141,7 @@ def apply_plan(
 ) -> Result:
     """`mmopt.optimize` with a plan: its compression, then `passes` (by default the exact ones), then its flow steps.
 
-    The plan is kept in ``info["plan"]`` of the program made.
+    The plan is kept in ``info.plan`` of the program made.
     """
     plan = read_plan(plan)
     own = passes_of(plan, program)
@@ -151,5 +153,5 @@ def apply_plan(
 
 def with_plan(program: Program, plan: Plan) -> Program:
     made = program.copy()
-    made.info["plan"] = plan
+    made.info = replace(made.info, plan=plan)
     return made

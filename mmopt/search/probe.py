@@ -39,7 +39,7 @@ def chosen(score: Score, ids: Sequence[str]) -> Score:
 
 def flops(program: Program, beside: Program | None = None) -> float:
     """`cost` with as many images as the program was made for."""
-    return cost(program, beside, program.info["images"])
+    return cost(program, beside, program.info.images)
 
 
 def compressed(program: Program, candidate: Candidate) -> Program | str:
@@ -103,7 +103,7 @@ def identity(program: Program, task: Task, settings: Any) -> dict[str, str]:
     """Digests of the program, its weights among it, of the samples with their images, and of the settings."""
     score = getattr(task.score, "__qualname__", task.score)
     return {
-        "program": digest(str(program), program.info["context"], *sampled(program)),
+        "program": digest(str(program), program.info.context, *sampled(program)),
         "task": digest(score, *(x for s in task.samples for x in content_of(s))),
         "settings": digest(settings),
     }

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from mmopt.spec.model_info import Cross
 
 # Inputs of a language model that the host makes anew for each call: what the rows of this call see.
 PER_CALL = ("seen", "attends", "sees", "segment_rows", "row_segments", "key_mask")
@@ -21,26 +22,26 @@ class Before(tuple):
 
 
 class Sight:
-    """What one sample's rows see, from the first row on. `info`: of a Program or an engine.
+    """What one sample's rows see, from the first row on. cross, image_id: those of a `mmopt.spec.model_info.ModelInfo`.
 
     images: how many the sample has, whether or not its text has as many markers. tiles: blocks of each image that count
     (by default all). before: markers that came earlier, so that the text goes on after them.
     """
 
-    def __init__(self, info: dict[str, Any], images: int, tiles: Sequence[int] | None = None, before: int = 0):
-        self.cross, self.image_id, self.images = info["cross"], info["image_id"], images
-        self.tiles = [self.cross["blocks"]] * images if tiles is None else list(tiles)
-        if len(self.tiles) != images or any(not 1 <= t <= self.cross["blocks"] for t in self.tiles):
-            raise ValueError(f"tiles are {self.tiles}, expected {images} numbers from 1 to {self.cross['blocks']}")
+    def __init__(self, cross: Cross, image_id: int, images: int, tiles: Sequence[int] | None = None, before: int = 0):
+        self.cross, self.image_id, self.images = cross, image_id, images
+        self.tiles = [self.cross.tiles] * images if tiles is None else list(tiles)
+        if len(self.tiles) != images or any(not 1 <= t <= self.cross.tiles for t in self.tiles):
+            raise ValueError(f"tiles are {self.tiles}, expected {images} numbers from 1 to {self.cross.tiles}")
         self.markers, self._after_marker = before, False
-        everything = images and self.cross["before"] == "everything"
-        self.now: Seen = Before(range(images * self.cross["blocks"])) if everything else None
+        everything = images and self.cross.leading_text == "all_images"
+        self.now: Seen = Before(range(images * self.cross.tiles)) if everything else None
         if before:
             self.now = self._image(before - 1)
 
     def _image(self, i: int) -> Seen:
         """Blocks of image i; a marker without an image sees none."""
-        first = i * self.cross["blocks"]
+        first = i * self.cross.tiles
         return tuple(range(first, first + self.tiles[i])) if i < self.images else ()
 
     def read(self, ids: Sequence[int]) -> list[Seen]:
@@ -50,7 +51,7 @@ class Sight:
             marker = token == self.image_id
             if marker:
                 new = self._image(self.markers)
-                if self._after_marker and self.cross["together"] and self.now is not None and new is not None:
+                if self._after_marker and self.cross.merge_adjacent and self.now is not None and new is not None:
                     new = self.now + new
                 self.now, self.markers = new, self.markers + 1
             self._after_marker = marker
@@ -59,16 +60,16 @@ class Sight:
 
     def decode(self, token: int) -> Seen:
         """The row of a token fed while decoding: a marker shows no new image."""
-        if token == self.image_id and self.cross["reset"]:
+        if token == self.image_id and self.cross.marker_resets:
             self.now = self._image(0)
         return self.now
 
 
 def visible(
-    ids: Sequence[int], images: int, info: dict[str, Any], before: int = 0, tiles: Sequence[int] | None = None
+    ids: Sequence[int], images: int, cross: Cross, image_id: int, before: int = 0, tiles: Sequence[int] | None = None
 ) -> list[Seen]:
     """What each row of a prompt sees; see `Sight`."""
-    return Sight(info, images, tiles, before).read(ids)
+    return Sight(cross, image_id, images, tiles, before).read(ids)
 
 
 def masks(rows: Sequence[Seen], blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

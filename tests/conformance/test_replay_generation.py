@@ -382,7 +382,7 @@ def record_painting(model, prompts, steps, guidance, side, seed=0):
 def record_prompt(model, samples, steps):
     """Left padded prompts as the reference's processor makes them: "I" is an image."""
     begin, place, end, pad = 5, 4, 6, 3
-    rows, most = model.config.rows_per_image, max(s.count("I") for s in samples)
+    rows, most = model.config.tokens_per_image, max(s.count("I") for s in samples)
     size = model.config.tower.image_size
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(len(samples), most, 3, size, size, generator=g)

@@ -1,6 +1,7 @@
 """The TensorRT gate on a family that paints: every stage is parsed and built, and what is fed fits the profiles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -56,8 +57,8 @@ def test_a_stage_that_does_not_convert_is_named(optimized, tmp_path, monkeypatch
     right = tensorrt.profiles
 
     def too_long(inputs, info):
-        flow = info["flow"] | {"rows": info["context"]}
-        return right(inputs, info | {"flow": flow, "context": info["context"] + 2})
+        flow = info.flow | {"rows": info.context}
+        return right(inputs, replace(info, flow=flow, context=info.context + 2))
 
     monkeypatch.setattr(tensorrt, "profiles", too_long)
     with pytest.raises(tensorrt.GateError, match="stage language_model"):
@@ -93,12 +94,14 @@ def fits(least, largest, shape):
 
 def test_profiles():
     language = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
-    info = {"batch": 3, "images": 1, "context": 40, "rows_per_image": 4, "flow": {"rows": 16, "steps": 30}}
+    info = {"batch": 3, "images": 1, "context": 40, "tokens_per_image": 4, "flow": {"rows": 16, "steps": 30}}
     prompt, step, *reading = profiles(language, info)
     assert (prompt["visual"][2], prompt["text"][0], prompt["text"][2]) == ((6, 0, 8), (1, 1, 8), (6, 23, 8))
     assert (step["visual"][0], step["visual"][2], step["text"][0]) == ((1, 1, 8), (6, 24, 8), (1, 16, 8))
-    assert reading == profiles(language, info | {"flow": None}) == profiles(language, info | {"context": 40, "flow": 0})
-    assert profiles(language, info | {"context": 17})[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
+    assert (
+        reading == profiles(language, replace(info, flow=None)) == profiles(language, replace(info, context=40, flow=0))
+    )
+    assert profiles(language, replace(info, context=17))[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
     (table,) = profiles({"time": {"shape": ["B"]}}, info)
     assert table["time"][2] == (100,)
     (latents,) = profiles({"latents": {"shape": ["B", 4, 8, 8]}}, info)

@@ -1,6 +1,7 @@
 """Plans fitted to a program, kept in it, and found under a budget of drift."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_a_fitted_plan_goes_along_with_the_program(program):
         choose_plan("fitted", 5, None, after.info)
     _, report = ReduceFlowSteps(fit.plan, [fit.plan])(after)
     assert not report.rewrites
-    assert "plan" not in program.info["flow"]  # the program before is as it was
+    assert "plan" not in program.info.flow  # the program before is as it was
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32))
     painted = after.paint(PROMPTS[:1], noise)
     assert len(painted["trajectory"]) == 4
@@ -126,9 +127,9 @@ def test_optimize_takes_a_budget():
     result = optimize(toy.program(), check=False, budget=Drift(mean=0.02), prompts=PROMPTS)
     assert result.reports[-1].name == "reduce_flow_steps"
     assert "keeps drift mean 0.02" in result.reports[-1].checked
-    assert result.program.info["flow"]["plan"]["times"]
-    again = apply_plan(toy.program(), result.program.info["plan"], check=False).program
-    assert again.info["flow"] == result.program.info["flow"]
+    assert result.program.info.flow.plan["times"]
+    again = apply_plan(toy.program(), result.program.info.plan, check=False).program
+    assert again.info.flow == result.program.info.flow
 
 
 def test_a_budget_on_the_command_line(tmp_path, monkeypatch):
@@ -161,7 +162,7 @@ def test_texts_are_read_as_an_engine_reads_them(digits, tmp_path):
     texts = ["a red 7 on blue", "a green 3"]
     assert ids_of(digits, [*texts, [1, 2]]) == [*(engine._painting_ids(t) for t in texts), [1, 2]]
     without = digits.copy()
-    without.info["directory"] = str(tmp_path)
+    without.info = replace(without.info, directory=str(tmp_path))
     assert ids_of(without, [[1, 2]]) == [[1, 2]]
     with pytest.raises(ValueError, match="no such file, so prompts must be lists of ids"):
         ids_of(without, texts)

@@ -21,7 +21,7 @@ def test_variants_and_ratios(model):
     assert [(r["stage"], r["variant"], r["runs"]) for r in result["rows"]] == [
         (f"image, prompt of {n} ids", v, 2) for n in (4, 9) for v in names
     ]
-    assert [p["passes"] for p in result["sizes"]["plans"].values()] == [60, 60, 60, 20, 16]
+    assert [p["nfe"] for p in result["sizes"]["plans"].values()] == [60, 60, 60, 20, 16]
     best = {r["variant"]: r["min_ms"] for r in result["rows"] if r["stage"].endswith(" 9 ids")}
     found = result["ratios"]["image, prompt of 9 ids"]["fast over official"]
     assert found["minima"] == pytest.approx(best["official"] / best["fast"])

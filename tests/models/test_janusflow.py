@@ -334,7 +334,7 @@ def test_other_sizes(changes):
     torch.testing.assert_close(made["latents"], painted, **VELOCITY)
     size = model.config.tower.image_size
     rows = model.module.encode_images(torch.randn(1, 3, size, size))
-    assert rows.shape == (1, model.config.rows_per_image, 64) == (1, 1 + (size // 16) ** 2, 64)
+    assert rows.shape == (1, model.config.tokens_per_image, 64) == (1, 1 + (size // 16) ** 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -403,15 +403,15 @@ def test_the_published_sizes():
     assert model.dtype == torch.bfloat16
     flow = model.config.flow
     assert (flow.latents, flow.rows, flow.steps, flow.guidance) == ((4, 48, 48), 576, 30, 2.0)
-    assert model.config.rows_per_image == 577
+    assert model.config.tokens_per_image == 577
     assert model.config.tower.blocks == 24
 
 
 @pytest.mark.parametrize("name", ["janusflow-1.3b", "janusflow-mid", "janusflow-tiny"])
 def test_shipped_configs_can_be_traced(name):
     program = trace(from_config(name), context=700 if name != "janusflow-tiny" else 96)
-    assert program.painting
-    assert program.info["flow"]["rows"] == (64 if name == "janusflow-tiny" else 576)
+    assert program.schedules.image
+    assert program.info.flow.tokens == (64 if name == "janusflow-tiny" else 576)
 
 
 def test_the_tiny_config_paints():
@@ -424,7 +424,7 @@ def test_towers_known_by_name():
     params = {"model_name": "siglip_so400m_patch14_384", "image_size": 384, "select_layer": -1}
     config = parse_config(raw({"vision_und_enc_config/params": params}))
     assert (config.tower.width, config.tower.layers, config.tower.intermediate_size) == (1152, 27, 4304)
-    assert config.rows_per_image == 1 + 27**2
+    assert config.tokens_per_image == 1 + 27**2
     config = parse_config(raw({"vision_und_enc_config/params": params | {"layers": 5, "heads": 8}}))
     assert (config.tower.layers, config.tower.heads, config.tower.width) == (5, 8, 1152)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -37,7 +38,7 @@ from compressed import (
     selected,
     traced,
 )  # fmt: skip
-from toys import declared, random_values
+from toys import declared, random_values, texts, toy_info
 
 import mmopt
 from mmopt.frontend.load import from_config
@@ -211,7 +212,7 @@ def of_queries(method):
 @pytest.mark.parametrize("family", BEFORE)
 def test_before_the_language_model(family, method, positions):
     program = compressed(family, BEFORE[family], 0.5 if family == "owl" else 0.25, method, positions=positions)
-    assert program.info["rows_per_image"] == 5
+    assert program.info.tokens_per_image == 5
     for layout in LAYOUTS:
         prompts = ids_of(family, layout)
         images = shown(family, prompts)
@@ -233,7 +234,7 @@ def test_all_stages_have_the_shapes_they_say():
         program = compressed(family, place, 0.5, "pool")
         for stage in program.stages.values():
             symbols = {str(s) for n in stage.placeholders() for s in n.meta["shape"] if isinstance(s, sympy.Symbol)}
-            sizes = dict.fromkeys(symbols, 2) | ({"nv": 2 * program.info["rows_per_image"]} if "nv" in symbols else {})
+            sizes = dict.fromkeys(symbols, 2) | ({"nv": 2 * program.info.tokens_per_image} if "nv" in symbols else {})
             values = random_values(stage, sizes)
             values |= {k: torch.full_like(v, 8) for k, v in values.items() if k == "past"}
             declared(stage, program.weights, values)
@@ -242,8 +243,8 @@ def test_all_stages_have_the_shapes_they_say():
 def test_painting_is_as_it_was():
     """It goes on with the language model as it was; only what reads images has new inputs."""
     program, made = traced("janus"), compressed("janus", "encode_vision", 0.25, "uniform")
-    flow, prompts = program.info["flow"], [[3, 4, 5, 6], [7, 8]]
-    noise = torch.randn(2, *flow["latents"], generator=torch.Generator().manual_seed(0))
+    flow, prompts = program.info.flow, [[3, 4, 5, 6], [7, 8]]
+    noise = torch.randn(2, *flow.latents, generator=torch.Generator().manual_seed(0))
     plan = mmopt.spec.solvers.make_plan("euler", 2, guidance=3.0)
     latents = [p.paint(prompts, noise, plan)["latents"] for p in (program, made)]
     assert torch.equal(*latents)
@@ -300,7 +301,7 @@ def test_videos(frames):
 def test_fewer_latents():
     """Images outside the text: the language model reads fewer rows of each."""
     program = compressed("flamingo", "resample", 0.5, "uniform")
-    assert program.info["cross"]["rows"] == 4
+    assert program.info.cross.tokens == 4
     prompts = ids_of("flamingo", "batch")
     images = shown("flamingo", prompts)
     close(
@@ -315,7 +316,7 @@ def test_inside_the_language_model(family, method):
     """Later layers hold fewer rows of each image, at the positions that they had."""
     choice = {"merge": selected("merge", 4), "uniform": of_queries("uniform"), "pool": CHOICES["pool"]}[method]
     program = compressed(family, "language_model.1", 0.25 if family == "janus" else 0.5, method)
-    assert program.info["rows_per_image"] == (17 if family == "janus" else 9)
+    assert program.info.tokens_per_image == (17 if family == "janus" else 9)
     for layout in LAYOUTS:
         prompts = ids_of(family, layout)
         images = shown(family, prompts)
@@ -386,8 +387,8 @@ def image_program(family):
     model, weights = from_config(raw, "float32", random=True), {}
     specs = {k: s for k, s in model.family.stages(model.module, 16).items() if k in ("encode_vision", "resample")}
     stages = {k: trace_stage(s, weights) for k, s in specs.items()}
-    cross = {"rows": model.family.cross(model.config).rows}
-    return Program(stages, tuple(map(Call, stages)), weights, {}, {"cross": cross}), model.module
+    cross = model.family.cross(model.config)
+    return Program(stages, texts(*map(Call, stages)), weights, {}, toy_info(cross=cross)), model.module
 
 
 def test_a_family_of_the_library():
@@ -528,16 +529,16 @@ def test_prompts_that_are_made_up_stay_within_the_table():
     with pytest.raises(ValueError, match="3 images take"):
         typical_prompt(info, 3)
     few = program.copy()
-    few.info |= {"positions": 30}
+    few.info = replace(few.info, positions=30)
     prompts = random_inputs(few, 1, 0)["prompts"]
-    assert [p.count(program.info["image_id"]) for p in prompts] == [1, 0, 1]
+    assert [p.count(program.info.image_id) for p in prompts] == [1, 0, 1]
     planning.plan(prompts, few.info, 3)
 
 
 def test_positions_beyond_the_table():
     program = compressed("janus", "encode_vision", 0.25, "uniform")
-    assert program.info["positions"] == 90
-    assert program.info["rows_left_out"] == 12
+    assert program.info.positions == 90
+    assert program.info.position_delta == 12
     info = {**program.info, "positions": 30}
     (prompt,) = ids_of("janus", [(3, I, 4)])  # 7 ids and 17 positions
     planning.plan([prompt], info, 7)

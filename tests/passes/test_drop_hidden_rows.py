@@ -37,8 +37,8 @@ def test_attention_loses_its_mask(painter, snapshot):
     assert report.rewrites == ["language_model: 2 attentions lose a mask; rows hidden by it are left out of the cache"]
     assert (masks(painter), masks(after)) == (2, 0)
     assert "seen" not in after.stages["language_model"].inputs
-    assert after.info["flow"]["compact"]
-    assert "compact" not in painter.info["flow"]  # the program given stays as it is
+    assert after.info.flow.compact
+    assert "compact" not in painter.info.flow  # the program given stays as it is
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,13 +59,13 @@ def test_text_is_answered_as_before(painter):
 def test_where_rows_stand(painter):
     """By hand: prompts of 4 and 2 ids, of which 3 and 1 are fed."""
     info, prompts = painter.info, [[1, 7, 8, 9], [1, 9]]
-    padded = lay_out(prompts, info)
+    padded = lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     assert padded.ids.tolist() == [[1, 7, 8], [0, 0, 1], [1, 0, 0], [0, 0, 1]]
     hidden = [[j for j, sees in enumerate(row) if not sees] for row in padded.seen.tolist()]
     assert hidden == [[], [0, 1], [1, 2], [0, 1]]
     assert (padded.begin.tolist(), padded.end.tolist()) == ([0] * 4, [3] * 4)
     assert padded.offset.tolist() == padded.image_offset.tolist() == [0, -2, 0, -2]
-    compact = lay_out(prompts, DropHiddenRows()(painter)[0].info)
+    compact = lay_out(prompts, replace(info.required_flow, compact=True), info.context, info.vocab_size)
     assert compact.ids.tolist() == [[1, 7, 8], [1, 0, 0], [1, 0, 0], [1, 0, 0]]
     assert (compact.begin.tolist(), compact.end.tolist()) == ([0] * 4, [3, 1, 1, 1])
     assert compact.offset.tolist() == [0] * 4
@@ -169,7 +169,7 @@ class KeepsPadding(DropHiddenRows):
 
     def run(self, program, report):
         made = super().run(program, report)
-        del made.info["flow"]["compact"]
+        del made.info.flow.compact
         return made
 
 

@@ -98,9 +98,9 @@ def stays(program, stage, why):
     """The calls of a stage in the loop stay as they are, and the report says why; pictures stay the same."""
     after, report = HoistInvariants()(program)
     assert f"{stage}: {why}" in report.skipped
-    loop = next(i for i in after.painting if isinstance(i, Loop))
+    loop = next(i for i in after.schedules.image if isinstance(i, Loop))
     kept = [c for c in loop.body if c.stage == stage]
-    assert len(kept) == sum(c.stage == stage for i in program.painting if isinstance(i, Loop) for c in i.body)
+    assert len(kept) == sum(c.stage == stage for i in program.schedules.image if isinstance(i, Loop) for c in i.body)
     assert f"{stage}.steps" not in after.stages
     return after
 
@@ -201,7 +201,7 @@ class Broken(HoistInvariants):
 
     def run(self, program, report):
         made = super().run(program, report)
-        made.painting = tuple(self.change(list(made.painting)))
+        made.schedules = made.schedules.replaced(image=tuple(self.change(list(made.schedules.image))))
         return made
 
 

@@ -48,7 +48,7 @@ def test_several_values_before_the_first_that_changes(painter):
 
     before = toy.repaint(painter, body)
     after, _ = SplitCalls()(before)
-    first, second = (c for c in after.painting[1].body if c.stage == "language_model")
+    first, second = (c for c in after.schedules.image[1].body if c.stage == "language_model")
     assert first.source("text") == Cat(1, ("prompt.text", "prompt.text"))
     assert second.source("visual") == "time_row"
     assert second.source("past") == "prompt.past"
@@ -202,8 +202,8 @@ def test_wrong_calls_are_caught(painter, wrong):
 def test_the_toy_has_what_the_pass_looks_for(painter):
     graph = painter.stages["language_model"].graph
     assert sum(n.target is CACHED_ATTENTION for n in graph.nodes) == 2
-    assert isinstance(painter.painting[1], Loop)
-    assert painter.painting[1].body[2] == Call(
+    assert isinstance(painter.schedules.image[1], Loop)
+    assert painter.schedules.image[1].body[2] == Call(
         "language_model",
         {"visual": Cat(1, ("prompt.text", "time_row")), "text": "tokens", "past": "prompt.begin",
          "offset": "prompt.offset", "seen": "prompt.seen"},

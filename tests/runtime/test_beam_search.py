@@ -1,6 +1,7 @@
 """Beam search against the transformers library's own, and engines against models that recompute everything."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,9 +287,9 @@ def test_images_in_the_text(words, monkeypatch):
         runs = [words.run_ids([prompt], pixels, max_new_tokens=steps, forced=f[None], logits=True) for f in forced]
         return torch.from_numpy(np.stack([r.logits[0] for r in runs]))
 
-    monkeypatch.setitem(words.info, "eos_ids", likely(logits, prompt, 1, skip=2))
+    monkeypatch.setattr(words, "info", replace(words.info, eos_ids=tuple(likely(logits, prompt, 1, skip=2))))
     for beams, penalty in itertools.product((2, 4), (-2.0, 0.0, 1.0)):
-        expected = searched(logits, prompt, beams, LIMIT, words.info["eos_ids"], penalty)
+        expected = searched(logits, prompt, beams, LIMIT, words.info.eos_ids, penalty)
         made = words.generate(
             prompt, PICTURES, max_new_tokens=LIMIT, beams=beams, length_penalty=penalty, logprobs=True
         )

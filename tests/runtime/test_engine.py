@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_end_of_sequence_stops_a_sample_but_not_its_batch(engine, traced, monkey
     prompts, images = PROMPTS["ragged"], images_of(PROMPTS["ragged"])
     free = engine.run_ids(prompts, images, max_new_tokens=8, ignore_eos=True, caches=True)
     end = free.tokens[1][2]
-    monkeypatch.setitem(engine.info, "eos_ids", [end])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([end])))
     run = engine.run_ids(prompts, images, max_new_tokens=8, caches=True)
     for sample, (got, all_tokens) in enumerate(zip(run.tokens, free.tokens, strict=True)):
         cut = all_tokens[: all_tokens.index(end) + 1] if end in all_tokens else all_tokens
@@ -209,7 +210,7 @@ def test_to_exactly_the_last_slot(each, traced, name):
 
 def test_a_full_sample_beside_one_that_goes_on(engine, monkeypatch):
     """The first two fill their lanes to the last slot and end long before the third."""
-    monkeypatch.setitem(engine.info, "eos_ids", [])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([])))
     requests = [
         Request([1, *ids(CONTEXT - 3)], max_new_tokens=3),
         Request([1, *ids(CONTEXT - 1, 1)], max_new_tokens=1),
@@ -263,7 +264,7 @@ def test_prompt_forms(engine):
 
 
 def test_without_a_limit_the_cache_is_filled(engine, monkeypatch):
-    monkeypatch.setitem(engine.info, "eos_ids", [])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([])))
     done = engine.generate([1, *ids(9)])
     assert (done.completion_tokens, done.finish_reason) == (CONTEXT - 10 + 1, "length")
 
@@ -291,7 +292,7 @@ def test_stop_strings(engine):
 
 def test_end_of_sequence(engine, monkeypatch):
     free = engine.generate("what is it", max_new_tokens=10)
-    monkeypatch.setitem(engine.info, "eos_ids", [free.ids[4]])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([free.ids[4]])))
     done = engine.generate("what is it", max_new_tokens=10)
     assert done.finish_reason == "stop"
     assert done.ids == free.ids[: free.ids.index(free.ids[4]) + 1]
@@ -461,7 +462,7 @@ class Fed:
 
 def wide(directories, traced, tmp_path):
     """An engine with room for several turns."""
-    program = trace(load(traced.info["directory"]), batch=1, images=4, context=256)
+    program = trace(load(traced.info.directory), batch=1, images=4, context=256)
     return Engine(export(optimize(program, check=False).program, tmp_path / "wide"), threads=1)
 
 
@@ -576,7 +577,7 @@ BREAKS = {
     "truncated program.json": (lambda d: cut(d / "program.json"), "program.json: cannot be read"),
     "foreign program.json": (lambda d: (d / "program.json").write_text("[1]"), "not written by mmopt"),
     "incomplete program.json": (
-        lambda d: (d / "program.json").write_text('{"schema": 1}'),
+        lambda d: (d / "program.json").write_text('{"schema": 2}'),
         "lacks dtype, info, stages",
     ),
     "odd program.json": (lambda d: set_fact(d, weights=[]), "program.json: not of the expected form"),

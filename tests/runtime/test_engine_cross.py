@@ -90,7 +90,7 @@ def prompt(info, *parts):
     """Ids of parts: M for an image, a number for so many ids of text."""
     made = []
     for i, part in enumerate(parts):
-        made += [info["image_id"]] if part == M else ids(part, i + len(parts))
+        made += [info.image_id] if part == M else ids(part, i + len(parts))
     return made
 
 
@@ -151,7 +151,7 @@ def both_runs(engine, program, prompts, n, steps=5, **kw):
 def test_runs_as_the_program(any_engine, programs, family, name):
     program = programs[family]
     prompts = [prompt(program.info, *p) for p in PROMPTS[name]]
-    both_runs(any_engine, program, prompts, sum(p.count(program.info["image_id"]) for p in prompts))
+    both_runs(any_engine, program, prompts, sum(p.count(program.info.image_id) for p in prompts))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_marker_fed_while_decoding(any_engine, programs, family):
     program = programs[family]
     prompts = [prompt(program.info, M, 3, M, 2), prompt(program.info, M, 4), prompt(program.info, 3, M, 1)]
     forced = np.array([ids(5, 1), ids(5, 2), ids(5, 3)])
-    forced[1, 1] = forced[0, 3] = program.info["image_id"]
+    forced[1, 1] = forced[0, 3] = program.info.image_id
     both_runs(any_engine, program, prompts, 4, forced=forced)
 
 
@@ -199,7 +199,7 @@ def test_a_sample_that_sees_none_of_its_images(directories, programs, family):
 
 
 def test_images_are_read(any_engine, family):
-    marker = any_engine.info["image_id"]
+    marker = any_engine.info.image_id
     one, two = (any_engine.generate([5, marker, 6], [picture(i)], max_new_tokens=2, logprobs=True) for i in (1, 2))
     assert (one.ids, one.logprobs) != (two.ids, two.logprobs)
 
@@ -250,7 +250,7 @@ def test_pooled_caches_forget_what_they_saw(engine):
 
 
 def test_wrong_requests(flamingo):
-    marker = flamingo.info["image_id"]
+    marker = flamingo.info.image_id
     for given_prompt, images, message in (
         ("<image>a", [], "1 image markers '<image>', but 0 images were given"),
         ([5, marker], [], "places for 1 images, but 0 were given"),
@@ -323,9 +323,9 @@ def with_tokenizer(directory, into, program):
     out = shutil.copytree(directory, into)
     facts = json.loads((out / "program.json").read_text())
     if facts["processing"]["tokenizer"] is None:
-        letters(program.info["vocab_size"], {}).save(str(out / "tokenizer.json"))
+        letters(program.info.vocab_size, {}).save(str(out / "tokenizer.json"))
         facts["processing"]["tokenizer"] = "tokenizer.json"
-        marks = {"user": "Q:", "assistant": "A:", "separator": " ", "end": ".", "image": program.info["image_marker"]}
+        marks = {"user": "Q:", "assistant": "A:", "separator": " ", "end": ".", "image": program.info.image_marker}
         facts["processing"]["chat"] = marks
         (out / "program.json").write_text(json.dumps(facts))
     return out
@@ -385,9 +385,9 @@ def test_it_needs_no_torch(directories):
 KINDS = {
     "first image again": {"reset": True},
     "tiles apart": {"blocks": 3},
-    "one block, text before": {"before": "everything"},
+    "one block, text before": {"before": "all_images"},
     "together": {"together": True},
-    "tiles together, text before": {"blocks": 2, "together": True, "before": "everything", "sees": True},
+    "tiles together, text before": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
 }
 
 
@@ -416,7 +416,7 @@ def test_other_kinds_run_as_the_program(toy, name):
     prompts, images = TOY_PROMPTS[name]
     prompts = [[toys.MARKER if t == "M" else t for t in p] for p in prompts]
     n = sum(p.count(toys.MARKER) for p in prompts) if images is None else sum(images)
-    blocks, kw = program.info["cross"]["blocks"], {"images": images, "max_new_tokens": 4}
+    blocks, kw = program.info.cross.tiles, {"images": images, "max_new_tokens": 4}
     tiles = [1 + i % blocks for i in range(n)] if blocks > 1 and n else None
     pixels = np.random.default_rng(0).standard_normal((n, 3, 4, 4)).astype(np.float32) if n else None
     tokens, logits = program_run(program, prompts, pixels, None, tiles, **kw)

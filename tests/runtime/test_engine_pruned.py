@@ -63,7 +63,7 @@ def result(kind):
     m = model(family)
     m.tokenizer = m.tokenizer or (letters(60, {}).to_str() if family == "owl" else None)
     program = traced(family)
-    program.info["tokenizer"] = m.tokenizer
+    program.source.tokenizer = m.tokenizer
     return optimize(program, [CompressVisualTokens(keep, method, place), *default_passes()])
 
 
@@ -146,7 +146,7 @@ def test_caches_are_the_programs(engine, kind):
     values = result(kind).program(prompts, images, max_new_tokens=3, ignore_eos=True)
     assert made.tokens == values["tokens"]
     assert made.past.tolist() == values["past"].tolist()
-    gone = [p.count(engine.info["image_id"]) * engine.info.get("rows_left_out_late", 0) for p in prompts]
+    gone = [p.count(engine.info.image_id) * engine.info.cache_delta for p in prompts]
     for key, rows in made.caches.items():
         late = key.endswith(".1")  # the second layer holds fewer rows
         for sample, past in enumerate(made.past):
@@ -171,7 +171,7 @@ def likeliest(kind, prompt, images, steps=4):
         logits = reference(MADE[kind][0], [prompt], [[*ids, 0]], made, **kw)[0, -1]
         ids.append(int(logits.argmax()))
         logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
-        if ids[-1] in traced(MADE[kind][0]).info["eos_ids"]:
+        if ids[-1] in traced(MADE[kind][0]).info.eos_ids:
             break
     return ids, logprobs
 
@@ -248,7 +248,7 @@ def test_beams(engine, kind):
         beams[:] = [[*beams[p], i] for p, i in zip(parents, ids, strict=True)]
         return np.stack([logits(b) for b in beams])
 
-    wanted = search(logits([]), step, 3, 4, engine.info["eos_ids"])
+    wanted = search(logits([]), step, 3, 4, engine.info.eos_ids)
     said = engine.generate(prompt, shown, beams=3, **OPTIONS)
     assert [tuple(h.ids) for h in said.hypotheses] == [h.ids for h in wanted]
     assert said.score == pytest.approx(wanted[0].score, abs=5e-4)
@@ -278,7 +278,7 @@ def test_chat(engine, kind, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- positions
 def test_prompts_that_reach_beyond_the_table(janus):
     """The rows fit the cache, their positions not the table of the model: 90 of them."""
-    assert (janus.info["positions"], janus.info["context"], janus.info["rows_left_out"]) == (90, 72, 12)
+    assert (janus.info.positions, janus.info.context, janus.info.position_delta) == (90, 72, 12)
     program = result("janus").program
     (prompt,) = ids_of("janus", [(10, I, 10, I, 10, I, 5)])  # 50 rows, 86 positions
     images = shown("janus", [prompt])

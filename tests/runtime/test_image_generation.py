@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import painting_toy as toy
@@ -52,7 +53,7 @@ def small_tokenizer() -> str:
 @pytest.fixture(scope="module")
 def plain():
     made = toy.program(context=CONTEXT)
-    made.info["tokenizer"] = small_tokenizer()
+    made.info = replace(made.info, tokenizer=small_tokenizer())
     return made
 
 
@@ -247,7 +248,7 @@ def test_fitted_plans_of_an_engine(plain, tmp_path):
     optimized = optimize(plain, check=False).program
     own = make_plan("ab3", 3, 2.0)
     own = type(own)("fitted 3", own.times, own.a, own.cond, own.uncond, own.guided, own.guidance)
-    optimized.info["flow"]["plans"] = [own.to_json()]
+    optimized.info.flow.plans = [own.to_json()]
     made = Engine(export(optimized, tmp_path / "engine"), threads=1)
     assert made.paint([PROMPTS[0]], 3, noise=noise(1)).plan == own
     assert made.paint([PROMPTS[0]], 3, solver="fitted", noise=noise(1)).plan.name == "fitted 3"

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,12 @@ def flamingo(directories):
 
 
 def marker(engine):
-    return engine.info["image_id"]
+    return engine.info.image_id
 
 
 def ahead(engine):
     """Text before the first image sees all images, so a prefix must begin with an image or hold all of them."""
-    return bool(engine.decoder.cross) and engine.decoder.cross["before"] == "everything"
+    return bool(engine.decoder.cross) and engine.decoder.cross.leading_text == "all_images"
 
 
 def same(one, two):
@@ -98,7 +99,7 @@ def test_same_as_without(engine, beginning, query):
         return
     whole = engine.generate(begin + rest, shown, **OPTIONS)
     prefix = engine.prefix(begin, shown[:n])
-    assert prefix.rows == whole.prompt_tokens - len(rest) - m * (engine.info["rows_per_image"] - 1)
+    assert prefix.rows == whole.prompt_tokens - len(rest) - m * (engine.info.tokens_per_image - 1)
     for _ in range(2):
         same(engine.generate(rest, shown[n:], prefix=prefix, **OPTIONS), whole)
 
@@ -457,7 +458,7 @@ def test_too_long(engine):
 
 
 def test_it_fills_the_cache_by_default(engine, monkeypatch):
-    monkeypatch.setitem(engine.info, "eos_ids", [])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([])))
     prefix = engine.prefix(parts(engine, M, 8), pictures(1))
     done = engine.generate(parts(engine, 5), prefix=prefix)
     assert done.completion_tokens == CONTEXT - prefix.rows - 5 + 1
@@ -540,4 +541,4 @@ def test_a_text_that_would_change_the_end_of_the_prefix(flamingo, monkeypatch):
 
 
 def test_ids_among_rows_are_the_recorded_marker(owl):
-    assert Engine(owl, threads=1).info["image_id"] == IMAGE
+    assert Engine(owl, threads=1).info.image_id == IMAGE

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_the_rows_of_a_video_are_those_of_all_its_frames(line):
         changed[0, f] = frames(1, seed=9)
         assert (program([prompt], changed)["image_rows"] - rows).abs().max() > 1e-3
     turned = (program([prompt], pixels.flip(1))["image_rows"] - rows).abs().max()
-    assert turned > 1e-4 if program.info["max_frames"] else turned < 1e-5
+    assert turned > 1e-4 if program.info.max_frames else turned < 1e-5
 
 
 def test_a_video_beside_an_image(line, engine):
@@ -153,7 +154,7 @@ def test_hashes_cover_all_frames(line, engine):
 # -------------------------------------------------------------------------------------------------------- refusals
 def test_wrong_frames_are_refused(line, engine):
     model, program, _, _ = line
-    prompt, most = [7, model.image_id, 4], program.info["max_frames"]
+    prompt, most = [7, model.image_id, 4], program.info.max_frames
     with pytest.raises(EngineError, match="image 1 has 0 frames, expected"):
         engine.encode_images([pictures(1)[0], []])
     with pytest.raises(EngineError, match=r"shape \(1, 2, 3, 40, 42\), expected \(N, F, 3, 42, 42\)"):
@@ -188,11 +189,17 @@ def test_families_without_videos_refuse_a_list_of_frames(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- the TensorRT gate
 def test_profiles_of_frames():
-    info = {"batch": 1, "images": 2, "context": 64, "rows_per_image": 1, "cross": {"blocks": 1, "rows": 8, "width": 32}}
+    info = {
+        "batch": 1,
+        "images": 2,
+        "context": 64,
+        "tokens_per_image": 1,
+        "cross": {"blocks": 1, "rows": 8, "width": 32},
+    }
     inputs = {"pixel_values": {"shape": ["N", "F", 3, 5, 5]}}
-    (found,) = profiles(inputs, info | {"max_frames": None})
+    (found,) = profiles(inputs, replace(info, max_frames=None))
     assert found["pixel_values"] == [(1, 1, 3, 5, 5), (1, 1, 3, 5, 5), (2, 8, 3, 5, 5)]
-    (found,) = profiles(inputs, info | {"max_frames": 3})
+    (found,) = profiles(inputs, replace(info, max_frames=3))
     assert found["pixel_values"][2] == (2, 3, 3, 5, 5)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import optuna
 import PIL.Image
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from toys import texts, toy_info
 
 import mmopt
 from mmopt import cli
@@ -78,7 +80,7 @@ class Toy(Pass):
         if self.asked[:2] == ("vision", "merge") and self.asked[2] == 0.125:
             raise ValueError("8 rows cannot be merged")
         made = program.copy()
-        made.info["asked"] = self.asked
+        made.info = replace(made.info, asked=self.asked)
         report.did("rows are left out")
         return made
 
@@ -92,12 +94,12 @@ class World:
         fake = SimpleNamespace(CompressVisualTokens=Toy, find_places=lambda program: names)
         patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
         patch.setitem(sys.modules, "mmopt.pruning.methods", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
-        asked = lambda p: known_cost(*p.info["asked"]) if "asked" in p.info else 1  # noqa: E731
+        asked = lambda p: known_cost(*p.info.asked) if "asked" in p.info else 1  # noqa: E731
         patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
         patch.setattr(searching, "quality", self.quality)
         patch.setattr("mmopt.search.result.paired", lambda a, b: mmopt.paired(a, b, draws=300))  # quick
         patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
-        self.program = Program({}, (), {}, {}, {"family": "toy", "context": 9})
+        self.program = Program({}, texts(), {}, {}, toy_info(context=9))
 
     def quality(self, runner, task):
         plan = runner.info.get("asked")
@@ -138,7 +140,7 @@ def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
     best = result.search.best
     assert tuple(best.plan)[:3] == best_of_all(drop)
     assert (best.cost, best.verdict != NOT_MET) == (pytest.approx(known_cost(*best_of_all(drop))), True)
-    assert result.program.info["asked"] == best_of_all(drop)
+    assert result.program.info.asked == best_of_all(drop)
     assert world.program.info == {"family": "toy", "context": 9}
 
 
@@ -253,12 +255,12 @@ def test_if_nothing_keeps_the_budget_nothing_is_compressed_and_the_report_says_s
     result = world.search(places=["pixels"], drop=0.01)
     assert result.search.best is None
     assert "asked" not in result.program.info
-    assert result.program.info["plan"]["passes"] == []
+    assert result.program.info.plan["passes"] == []
     report = result.reports[-1]
     assert (report.name, report.rewrites) == ("budget", [])
     assert "none of 3 plans keeps a drop of at most 0.01 and saves anything, so nothing is compressed" in str(report)
     assert "the nearest is resize at pixels, keep 0.5" in str(report)
-    assert passes_of(result.program.info["plan"]) == []
+    assert passes_of(result.program.info.plan) == []
 
 
 def test_observers_are_told_and_the_report_names_the_choice(world):
@@ -346,7 +348,7 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"trials.log: its trials are of another search, with other {differs}$"):
             world.search(store=store, **changes)
-    world.program = dataclasses.replace(world.program, info=world.program.info | {"context": 10})
+    world.program = dataclasses.replace(world.program, info=replace(world.program.info, context=10))
     with pytest.raises(ValueError, match=r"with other program$"):
         world.search(store=store)
     assert store.read_bytes() == before
@@ -498,7 +500,7 @@ FLOW = make_flow_plan("ab2", 4, 2.0).to_json()
 
 def test_plans_go_to_json_and_back(world, tmp_path):
     painting = dataclasses.replace(world.program, painting=(Call("paint"),))
-    painting.info["flow"] = {"plan": FLOW, "plans": [FLOW]}
+    painting.info = replace(painting.info, flow={"plan": FLOW, "plans": [FLOW]})
     plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"drop": 0.01})
     save_plan(plan, tmp_path / "plan.json")
     (tmp_path / "program.json").write_text(json.dumps({"info": {"plan": plan}}))
@@ -548,7 +550,7 @@ def test_files_that_hold_no_plan(world, tmp_path):
 def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     def within(result, budget, prompts):
         made = result.program.copy()
-        made.info["flow"] = {"plan": FLOW}
+        made.info = replace(made.info, flow={"plan": FLOW})
         report = Report("reduce_flow_steps", "approximate", [f"for {prompts}"], checked="drift: mean 0.02")
         return Result(made, [*result.reports, report])
 
@@ -560,7 +562,7 @@ def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     with pytest.raises(ValueError, match="a budget of drift needs prompts"):
         world.search(flow=drift)
     result = search_quality(world.program, world.budget(flow=drift, trials=3), [], prompts=["a cat"])
-    plan = json.loads(json.dumps(result.program.info["plan"]))
+    plan = json.loads(json.dumps(result.program.info.plan))
     assert [s["name"] for s in plan["passes"]] == ["compress_visual_tokens", "reduce_flow_steps"]
     assert plan["passes"][1]["plan"] == FLOW
     assert plan["measured"]["flow"] == {"budget": "mean 0.1", "drift": "drift: mean 0.02"}
@@ -601,7 +603,7 @@ def test_on_a_trained_model_the_plan_goes_along_into_the_engine(program, searche
     assert all(0 < r.flops < search.full.flops for r in search.rows)
     assert searched.reports[0].name == "compress_visual_tokens"
     made = export(searched.program, tmp_path / "engine", check=False)
-    assert json.loads((made / "program.json").read_text())["info"]["plan"] == searched.program.info["plan"]
+    assert json.loads((made / "program.json").read_text())["info"]["plan"] == searched.program.info.plan
     again = apply_plan(program, made, check=False)
     assert str(again.program) == str(searched.program)
     assert again.program.info == searched.program.info

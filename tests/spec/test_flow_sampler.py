@@ -1,8 +1,10 @@
 """Program.paint: prompts and noise to latents and images, by the schedule as traced and as optimized."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import painting_toy as toy
@@ -15,7 +17,7 @@ from mmopt.rewrite.pass_base import Pass
 from mmopt.search.optimize import optimize
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import Painter, choose_plan, lay_out, plan_of
-from mmopt.spec.schedule import Call, Cat, Loop, from_json, to_json
+from mmopt.spec.schedule import Call, Cat, Loop, Schedule
 from mmopt.spec.solvers import make_plan
 
 HALF = [torch.float16, torch.bfloat16]
@@ -246,7 +248,7 @@ def test_prompts_that_cannot_be_painted(plain, optimized, prompts, why):
         with pytest.raises(ValueError, match=why):
             program.paint(prompts, noise(len(prompts)))
         with pytest.raises(ValueError, match=why):
-            lay_out(prompts, program.info)
+            lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def fitted(steps, guidance):
 
 def test_fitted_plans_come_first(plain):
     plans = [fitted(5, 2.0), fitted(10, 2.0), fitted(5, 4.0)]
-    info = plain.info | {"flow": plain.info["flow"] | {"plans": [p.to_json() for p in plans]}}
+    info = replace(plain.info, flow=replace(plain.info.flow, plans=tuple(plans)))
     assert choose_plan(None, None, None, info) == plans[1]
     assert choose_plan(None, 5, None, info) == plans[0]
     assert choose_plan("fitted", 5, 4.0, info) == plans[2]
@@ -318,8 +320,8 @@ def test_plans_that_cannot_be(plain, options, why):
 # ------------------------------------------------------------------------------------------------ schedules and painter
 def test_schedules_as_json(plain, optimized):
     for program in (plain, optimized):
-        assert tuple(from_json(to_json(i)) for i in program.painting) == program.painting
-        assert tuple(from_json(to_json(i)) for i in program.schedule) == program.schedule
+        for schedule in (program.schedules.image, program.schedules.text):
+            assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 
 
 def test_a_call_says_what_it_reads_and_writes():
@@ -347,7 +349,7 @@ class Counting(Painter):
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_painter_expands_cuts_and_puts_together(plain, guided):
-    samples = lay_out([[1, 2], [1, 2, 3]], plain.info)
+    samples = lay_out([[1, 2], [1, 2, 3]], plain.info.required_flow, plain.info.context, plain.info.vocab_size)
     inputs = {"step": {"x": ("B", 3), "t": ("B", 1), "pair": ("B", "n")}}
     names = {"t": "step.time", "pair": Cat(0, ("latents", "latents")), "x": "rows"}
     body = (Call("step", names),)
@@ -374,7 +376,8 @@ class Later(Pass):
 
     def run(self, program, report):
         made = program.copy()
-        made.info["flow"]["time_scale"] *= 1.1
+        flow = made.info.required_flow
+        made.info = replace(made.info, flow=replace(flow, time_scale=1.1 * flow.time_scale))
         report.did("flow_time: wrong")
         return made
 
@@ -385,8 +388,10 @@ class Darker(Pass):
     def run(self, program, report):
         made = program.copy()
         made.weights = dict(made.weights, **{"pixels.weight": made.weights["pixels.weight"] * 1.1})
-        *rest, last = made.painting
-        made.painting = (*rest, dataclasses.replace(last, rename={"latents": "velocity"}))
+        *rest, last = made.schedules.image
+        made.schedules = made.schedules.replaced(
+            image=(*rest, dataclasses.replace(last, rename={"latents": "velocity"}))
+        )
         report.did("decode_image: wrong")
         return made
 
@@ -404,7 +409,7 @@ def test_a_velocity_is_as_exact_as_what_it_is_made_in():
     assert difference(x, x + 1.0, torch.bfloat16) is not None
 
 
-@pytest.mark.parametrize("module", ["schedule", "painting", "engine_painting", "solvers", "flow_plan"])
+@pytest.mark.parametrize("module", ["spec.schedule", "spec.flow_sampler", "runtime.image_generation", "spec.solvers", "spec.flow_plan", "spec.manifest"])
 def test_engines_need_no_torch(module):
     code = f"import sys, mmopt.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from mmopt.exporters.emit import ExportError, output_name
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, shape_of, symbol
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
@@ -108,8 +109,9 @@ def random_values(stage: Stage, sizes: dict[str, int], info: ModelInfo, seed: in
 
 def rows_in_use(attention: Any, stage: Stage, sizes: dict[str, int], values: dict[str, torch.Tensor]) -> int:
     """Slots of a cache that are filled after a call: late layers may hold fewer rows than the others."""
-    rows = int(sympy.sympify(shape_of(attention.args[0])[1]).subs({symbol(k): v for k, v in sizes.items()}))
-    late = attention.args[5] is not stage.input_nodes()["past"] and LATE in values
+    a = CachedAttention.of(attention)
+    rows = int(sympy.sympify(shape_of(a.q)[1]).subs({symbol(k): v for k, v in sizes.items()}))
+    late = a.past is not stage.input_nodes()["past"] and LATE in values
     return PAST + rows - (int(values[LATE].max()) if late else 0)
 
 

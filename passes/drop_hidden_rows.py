@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch.fx import Node
+
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, Builder, rebuild
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
@@ -15,20 +18,16 @@ from mmopt.rewrite.loops import row_inputs
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.spec.schedule import Call, Loop
 
-MASK = 10  # which argument of cached attention hides slots
-
 
 class DropHiddenRows(Pass):
     def run(self, program: Program, report: Report) -> Program:
         made = program.copy()
         for name, stage in program.stages.items():
-            masks = {
-                n for n in stage.graph.nodes if n.target is CACHED_ATTENTION and len(n.args) > MASK and n.args[MASK]
-            }
+            masks = {n: mask for n in stage.graph.nodes if (mask := mask_of(n)) is not None}
             if not masks:
                 continue
             names = {n: i for i, n in stage.input_nodes().items()}
-            hidden = {names.get(n.args[MASK], "") for n in masks}  # type: ignore[arg-type]
+            hidden = {names.get(m, "") for m in masks.values()}
             if (
                 len(hidden) != 1
                 or not (mask := hidden.pop())
@@ -96,5 +95,10 @@ def without(stage: Stage, mask: str) -> Stage:
     return Stage(graph, [i for i in stage.inputs if i != mask], stage.outputs)
 
 
-def drop_mask(b: Builder, n, args: tuple):
-    return b.copy(n, args[:MASK]) if n.target is CACHED_ATTENTION and len(args) > MASK else None
+def mask_of(n: Node) -> Node | None:
+    """The mask over the slots of a cache, if a node is attention that has one."""
+    return CachedAttention.of(n).key_mask if n.target is CACHED_ATTENTION else None
+
+
+def drop_mask(b: Builder, n: Node, args: tuple) -> Node | None:
+    return None if mask_of(n) is None else b.copy(n, CachedAttention(*args)[:-1])  # the mask is the last argument

@@ -13,8 +13,9 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, CAT, shape_of
-from mmopt.ir.op_dims import operand_dims
+from mmopt.ir.op_rules import operand_dims
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.loops import row_inputs
@@ -101,7 +102,8 @@ def why_not_apart(stage: Stage, first: str, last: str, read: set[str]) -> str | 
         if n not in along or n.op == "placeholder":
             continue
         if n.target is operator.getitem and n.args[0].target is CACHED_ATTENTION:
-            places: list[tuple[Any, int | None]] = [(a, 1) for a in n.args[0].args[:3]]
+            cached = CachedAttention.of(n.args[0])
+            places: list[tuple[Any, int | None]] = [(x, 1) for x in (cached.q, cached.k, cached.v)]
         elif n.target is CAT and n.args[1] == along[n]:
             if len(n.args[0]) != 2 or not alike(n.args[0][0], n.args[0][1], of, *ends):
                 return f"{n.name} treats the rows of {first} and {last} differently"

@@ -14,8 +14,8 @@ import sympy
 from rich.console import Console
 from rich.table import Table
 
-from mmopt.ir.cost import Sizes, count_work
-from mmopt.ir.graph import is_const, shape_of
+from mmopt.ir.cost import count_work
+from mmopt.ir.graph import Sizes, is_const, shape_of
 from mmopt.ir.inspect_generation import PROMPT, Count
 from mmopt.ir.printer import op_name, program_text
 from mmopt.ir.program import Program

@@ -7,8 +7,8 @@ from typing import Any
 
 import sympy
 
-from mmopt.ir.cost import Sizes, Work, count_work
-from mmopt.ir.graph import shape_of
+from mmopt.ir.cost import Work, count_work
+from mmopt.ir.graph import Sizes, shape_of
 from mmopt.ir.program import Program
 from mmopt.spec.schedule import Call, Cat, Loop, is_cache, table_of
 

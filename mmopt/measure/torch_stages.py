@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 
-from mmopt.ir.graph import HEAVY
+from mmopt.ir.op_rules import rule_of
 from mmopt.ir.program import Program
 from mmopt.measure.baselines import Shared, torch_stage
 from mmopt.measure.variants import STAGES, Inputs
@@ -90,7 +90,7 @@ class TorchStages:
         stage = program.stages[name]
         module = torch_stage(stage, program.weights, sizes, shared=shared, **options)
         outputs = [o for o in stage.outputs if o not in stage.inputs]
-        heavy = any(n.target in HEAVY for n in stage.graph.nodes)
+        heavy = any(rule_of(n.target).heavy for n in stage.graph.nodes)
         return Step(name, module, [fixed.get(i, i) for i in stage.inputs], outputs, heavy)
 
     def compile(self) -> None:

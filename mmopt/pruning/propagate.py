@@ -1,9 +1,9 @@
 """Fewer rows through the rest of a graph: which values hold the rows of an image, and what follows when some are gone.
 
 Rows are followed from where an image becomes patches, through every operator that works row by row
-(`graph.operand_dims`), until attention reads them as keys. Where a `Cut` puts fewer rows in place of a value, all that
-is made of it is made of fewer rows, and what stands beside it row by row (tables of positions) is taken at the rows
-that stayed. An operator that would need all rows refuses the cut, with its reason.
+(`op_rules.operand_dims`), until attention reads them as keys. Where a `Cut` puts fewer rows in place of a value, all
+that is made of it is made of fewer rows, and what stands beside it row by row (tables of positions) is taken at the
+rows that stayed. An operator that would need all rows refuses the cut, with its reason.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from mmopt.ir.attention_args import Attention, CachedAttention, given
 from mmopt.ir.graph import (
     ADD,
     ARANGE,
@@ -40,7 +41,7 @@ from mmopt.ir.graph import (
     shape_of,
     simplify,
 )
-from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.op_rules import on_part, operand_dims
 
 
 class RefusedError(ValueError):
@@ -223,36 +224,35 @@ class Narrower:
 
     def attention(self, n: Node, args: tuple, held: dict[int, Rows]) -> tuple[Node, Rows | None]:
         """Rows as queries stay what they are; rows as keys end here, and those that stand for several weigh as much."""
-        asks, reads = held.get(0), held.get(1)
+        a, asks, reads = Attention(*args), held.get(0), held.get(1)
         if any(r.dim != 1 for r in held.values()):
             raise RefusedError(f"{n.name}: rows lie in another dimension")
         if reads is not None and reads.new is not None:
             if 2 not in held or not reads.same(held[2]):
                 raise RefusedError(f"{n.name}: its keys and values are other rows")
-            mask, causal = (*args[5:7], None, False)[:2]
-            if mask is not None or (causal and (asks is None or asks.new is None)):
+            if a.key_mask is not None or (a.causal and (asks is None or asks.new is None)):
                 raise RefusedError(f"{n.name} has a mask of its own over these rows")
             if reads.sizes is not None:
-                args = (*args[:5], self.weight_of_sizes(args[1], reads), *args[6:])
+                a = a._replace(key_mask=self.weight_of_sizes(a.k, reads))
         elif reads is None and 2 in held:
             raise RefusedError(f"{n.name}: its keys and values are other rows")
         if asks is not None and reads is not None and asks.same(reads):
-            self.scored = Scored(args[0], args[1], args[3], asks)
+            self.scored = Scored(a.q, a.k, a.heads, asks)
         out = asks or Rows(1, 0, shape_of(n)[1])  # rows that ask about the image stand for it from here on
         shape = list(shape_of(n))
-        shape[1] = shape_of(args[0])[1]
-        return self.b.emit(n.target, args, shape, n.meta["dtype"]), out
+        shape[1] = shape_of(a.q)[1]
+        return self.b.emit(n.target, given(a), shape, n.meta["dtype"]), out
 
     def cached_attention(self, n: Node, args: tuple, held: dict[int, Rows]) -> tuple[Node, Rows | None]:
         """Rows go into the caches; after a cut fewer of them, and what hides slots by number no longer holds."""
-        first = held.get(0)
+        a, first = CachedAttention(*args), held.get(0)
         if first is None or any(held.get(i) is None or held[i].dim != 1 or not first.same(held[i]) for i in range(3)):
             raise RefusedError(f"{n.name}: its queries, keys and values are other rows")
-        self.scored = Scored(args[0], args[1], args[6], first) if args[6] == args[7] else None
+        self.scored = Scored(a.q, a.k, a.heads, first) if a.heads == a.kv_heads else None
         if first.new is None:
             return self.b.copy(n, args), first
         assert self.past is not None
-        new = (*args[:5], self.past, *args[6:10])
+        new = given(a._replace(past=self.past, key_mask=None))
         shapes = [narrowed(n.meta["shape"][0], first), *n.meta["shape"][1:]]
         return self.b.emit(n.target, new, shapes, n.meta["dtype"]), first
 

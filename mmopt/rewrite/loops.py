@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, CAT
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
@@ -45,11 +46,11 @@ def row_inputs(stage: Stage) -> tuple[str, str] | str:
     The stage must carry all that rows see of earlier rows: its attention reads and writes caches, of which `past` slots
     are filled.
     """
-    attention = [n for n in stage.graph.nodes if n.target is CACHED_ATTENTION]
+    attention = [CachedAttention.of(n) for n in stage.graph.nodes if n.target is CACHED_ATTENTION]
     if not attention or "past" not in stage.inputs or "past" not in stage.outputs:
         return "it keeps no rows in a cache"
     names = {n: i for i, n in stage.input_nodes().items()}
-    carried = {names.get(a) for n in attention for a in n.args[3:5]}
+    carried = {names.get(a) for n in attention for a in (n.key_cache, n.value_cache)}
     if not carried <= set(stage.outputs):
         return "not all of its caches are carried"
     for n in stage.graph.nodes:

@@ -131,7 +131,7 @@ def depends_on_the_loop(monkeypatch):
     """A broken pass: it takes the state for a value that the loop does not change."""
     split = hoist_invariants.split_stage
     monkeypatch.setattr(
-        hoist_invariants, "split_stage", lambda stage, fixed, name: split(stage, fixed | {"logits"}, name)
+        hoist_invariants, "split_stage", lambda stage, fixed, *names: split(stage, fixed | {"logits"}, *names)
     )
     return HoistInvariants()
 

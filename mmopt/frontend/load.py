@@ -15,7 +15,7 @@ from mmopt.models._family import Family
 from mmopt.models._weight_files import Assembled, CheckpointError, Weights, place, read_json, read_weights
 from mmopt.spec.dtypes import MODEL_DTYPES
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass

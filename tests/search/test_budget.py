@@ -112,7 +112,7 @@ class World:
         return Quality(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
     def search(self, told=None, **changes):
-        observers = [] if told is None else [lambda text, report: told(text)]
+        observers = [] if told is None else [lambda text, report, program: told(text)]
         return search_quality(self.program, self.budget(**changes), [], observers=observers)
 
 

@@ -85,7 +85,7 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
 class Output:
     panel: ClassVar = "Output"
     as_json: bool = option("Print JSON, and nothing else, on stdout.", False, "--json")
-    quiet: bool = option("Do not tell what is being done.", False, "--quiet", "-q")
+    quiet: bool = option("Print no progress.", False, "--quiet", "-q")
     counter: tuple[str, float] = ("", 0.0)  # the one shown last, and when
 
     def progress(self, text: str) -> None:
@@ -106,7 +106,7 @@ class Output:
 
 @dataclass
 class PassOutput(Output):
-    verbose: bool = option("Tell where each pass did something, and what it refused.", False, "--verbose", "-v")
+    verbose: bool = option("Show where each pass applied, what it refused and why.", False, "--verbose", "-v")
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Sizes:
 @dataclass
 class PassOptions:
     panel: ClassVar = "Passes"
-    plan: Path | None = option("Apply a plan too: a file of `optimize --plan-out`, or an engine made with one.")
+    plan: Path | None = option("Apply a plan too: a file of `optimize --plan-out`, or an engine that has one.")
     check: bool | None = option("Compare before and after. (default: if affordable)", None, "--check/--no-check")
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -334,7 +334,7 @@ def inspect(
     prompt_length: int | None = option("Tokens of the prompt of a generated image. (default: 32)", min=2),
     steps: int | None = option("Steps of a generated image. (default: as many as the reference makes)", min=1),
     graphs: bool = option("Print every operator of every stage too.", False),
-    prune_sites: bool = option("List where visual tokens can be left out too, and what that would save.", False),
+    prune_sites: bool = option("List where visual tokens can be pruned too, and what that would save.", False),
 ) -> None:
     """Show the stages of a model: operators, FLOPs, weights read, the schedule. With --config it needs no weights."""
     import mmopt

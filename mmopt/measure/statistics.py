@@ -64,7 +64,7 @@ class Score:
 
     @classmethod
     def load(cls, path: str | Path) -> Score:
-        """What `save` or ``mmopt bench --quality --json`` wrote. Raises ValueError if it is something else."""
+        """What `save` or ``mmopt bench quality --json`` wrote. Raises ValueError if it is something else."""
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(*(given[f.name] for f in fields(cls)))

@@ -15,6 +15,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from mmopt.ir import ops as ops  # defines the operators of `torch.ops.mmopt`
+
 aten = torch.ops.aten
 
 mm = torch.ops.mmopt

@@ -71,7 +71,9 @@ class Shared:
         return self.once("optimize", (program,), {"check": check}, ("optimize", id(program), check))
 
     def once_export(self, program, out, target="onnx", dtype=None, weights="copy", reports=(), **options):
-        key = ("export", id(program), target, str(dtype), weights)
+        if target != "onnx":  # its rules may be other ones by now
+            return self.export(program, out, target, dtype, weights, reports, **options)
+        key = ("export", id(program), str(dtype), weights)
         if key not in self.done:
             kept = self.folder / f"engine-{len(self.done)}"
             self.done[key] = self.export(program, kept, target, dtype, weights, reports, **options), program

@@ -20,6 +20,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+nitpicky = True  # of what pages refer to; signatures name types that have no page here
+nitpick_ignore_regex = [("py:(class|data|attr|meth|func|exc|mod)", ".*")]
 
 ITEM = re.compile(r"[\w, `*]{1,60}: ")
 
@@ -73,7 +75,13 @@ class PublicNames(SphinxDirective):
         return self.parse_text_to_nodes(StringList(lines, "public-names"))
 
 
+def leave_the_docs(app, name: str, source: list[str]) -> None:
+    """A link to Markdown outside these pages, good where the repository is read, is a path here."""
+    source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)]+\.md)\)", r"\1 (`\2`)", source[0])
+
+
 def setup(app):
+    app.connect("source-read", leave_the_docs)
     app.add_directive("public-names", PublicNames)
     app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: set_lines(lines))
     return {"parallel_read_safe": True}

@@ -18,8 +18,8 @@ from mmopt.runtime.images import Image, View
 from mmopt.runtime.tensor import Tensor, to_bits
 from mmopt.spec.errors import EngineError
 from mmopt.spec.manifest import Manifest
-from mmopt.spec.schema import SCHEMA, check_schema
 from mmopt.spec.prompt import count_rows
+from mmopt.spec.schema import SCHEMA, check_schema
 
 
 @dataclass(frozen=True, eq=False)

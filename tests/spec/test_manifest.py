@@ -103,7 +103,7 @@ def test_a_directory_of_the_first_schema_says_how_it_is_made_anew(tmp_path):
 
 def test_a_newer_directory_is_refused(tmp_path):
     (tmp_path / "program.json").write_text(json.dumps(changed(schema=3)))
-    with pytest.raises(EngineError, match="has schema 3, written by mmopt 0.1.0; this mmopt knows schema 2"):
+    with pytest.raises(EngineError, match=r"has schema 3, written by mmopt 0.1.0; this mmopt knows schema 2"):
         read_directory(tmp_path)
 
 

@@ -100,7 +100,7 @@ def main() -> None:
         print(f"   {n:<7}{was:>24}{now:>24}{differing:>12}{drift:>18.2e}", flush=True)
 
     print(f"\n== time to the first token of a query after {CHUNKS - 1} shots, {args.threads} threads, float32")
-    engine, forgetful = (mmopt.Engine(args.out, threads=args.threads, keep_bytes=n) for n in (1 << 28, 0))
+    engine, forgetful = (mmopt.Engine(args.out, threads=args.threads, cache_bytes=n) for n in (1 << 28, 0))
     prompt, shown = "".join(c.shot for c in shots), [c.image for c in shots]
     prefix = engine.prefix(prompt, images=shown)
 

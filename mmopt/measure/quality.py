@@ -50,7 +50,7 @@ class _ProgramReader(Engine):
         return self.text.decode(self.program([ids], **given)["tokens"][0])
 
 
-def quality(
+def evaluate(
     runner: Engine | Program, task: Task, limit: int | None = None, seed: int = 0, batch: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> Score:  # fmt: skip

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt.flow.frontier import Drift
+from mmopt.flow.frontier import DriftBudget
 from mmopt.ir.program import Program
-from mmopt.measure.quality import quality
+from mmopt.measure.quality import evaluate
 from mmopt.measure.statistics import Score
 from mmopt.measure.task import Task, quick
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
@@ -35,7 +35,7 @@ from mmopt.search.trials import Trials
 
 
 @dataclass(frozen=True)
-class Quality:
+class QualityBudget:
     """A budget: the mean score on `task` falls by at most `drop` from that of the uncompressed program.
 
     limit: so many of the task's samples, drawn by `seed`; quick: so many of these are asked first, 0 for none. trials:
@@ -64,7 +64,7 @@ class Quality:
     positions: Sequence[str] = ("keep",)
     places: Sequence[str] | None = None
     store: str | Path | None = None
-    flow: Drift | None = None
+    flow: DriftBudget | None = None
     timed: bool = False
     frontier: bool = False
     runner: Runner | None = None
@@ -94,8 +94,8 @@ class Quality:
         for positions in self.positions:
             if positions not in ("keep", "renumber"):
                 raise ValueError(f"positions holds {positions!r}, expected keep or renumber")
-        if self.flow is not None and not isinstance(self.flow, Drift):
-            raise ValueError(f"flow is {self.flow!r}, expected a mmopt.Drift")
+        if self.flow is not None and not isinstance(self.flow, DriftBudget):
+            raise ValueError(f"flow is {self.flow!r}, expected a mmopt.DriftBudget")
 
     def __str__(self) -> str:
         return f"a drop of at most {self.drop:g}"
@@ -125,7 +125,7 @@ class SearchResult(Result):
 
 def search_quality(
     program: Program,
-    budget: Quality,
+    budget: QualityBudget,
     passes: Sequence[Pass] | None = None,
     check: bool | None = None,
     observers: Sequence[Observer] = (),
@@ -139,7 +139,7 @@ def search_quality(
     """
     exact = default_passes() if passes is None else list(passes)
     if budget.flow is not None and not program.schedules.image:
-        raise ValueError(f"a budget of drift is for programs that paint; {program.info.family} paints no images")
+        raise ValueError(f"a budget of drift is for programs that paint; {program.info.family} generates no images")
     if budget.flow is not None and not prompts:
         raise ValueError("a budget of drift needs prompts of the form that will be painted, found none")
 
@@ -167,7 +167,7 @@ def search_quality(
     return SearchResult(plans.with_plan(made.program, plan), made.reports, found)
 
 
-def candidates(budget: Quality, places: Sequence[str]) -> tuple[list[Candidate], list[list[Candidate]]]:
+def candidates(budget: QualityBudget, places: Sequence[str]) -> tuple[list[Candidate], list[list[Candidate]]]:
     """All that can be tried; and for each of the first trials what it can be, in order: the baselines that are hard to
     beat, pooling as late as it saves anything and smaller images. Raises ValueError for a method that is not known.
     """
@@ -192,7 +192,7 @@ def candidates(budget: Quality, places: Sequence[str]) -> tuple[list[Candidate],
 class _Measuring:
     """A search as it goes on: the uncompressed program and its score, and what is measured against them."""
 
-    def __init__(self, program: Program, budget: Quality, exact: Sequence[Pass], stack: ExitStack):
+    def __init__(self, program: Program, budget: QualityBudget, exact: Sequence[Pass], stack: ExitStack):
         if not program.has_weights:
             raise ValueError("this program has shapes only, no weights: its quality cannot be measured")
         self.program, self.budget, self.exact, self.stack = program, budget, exact, stack
@@ -247,7 +247,7 @@ class _Measuring:
         if known is None or self.budget.timed:
             self.runner = self.stack.enter_context(answering(program, self.budget.runner))
         if known is None:
-            known = {"score": dataclasses.asdict(quality(self.runner, self.task)), "seconds": None}
+            known = {"score": dataclasses.asdict(evaluate(self.runner, self.task)), "seconds": None}
             if self.budget.timed:
                 known["seconds"] = statistics.median(first_token(self.shown, self.runner)[0])
             self.trials.remember("uncompressed", known)
@@ -275,12 +275,12 @@ class _Measuring:
     def _score(self, runner: Engine | Program) -> tuple[Score, bool]:
         """Answers to all samples, or to a few if these are enough to tell that the budget is not kept."""
         if self.few is None:
-            return quality(runner, self.task), False
-        score = quality(runner, self.few)
+            return evaluate(runner, self.task), False
+        score = evaluate(runner, self.few)
         _, (_, high) = compared(score, chosen(self.score, score.ids))
         if high < -self.budget.drop:
             return score, True
         rest = [s for s in self.task.samples if s.id not in score.ids]
-        more = quality(runner, dataclasses.replace(self.task, samples=rest))
+        more = evaluate(runner, dataclasses.replace(self.task, samples=rest))
         both = {k: getattr(score, k) + getattr(more, k) for k in LISTS} | {"seconds": score.seconds + more.seconds}
         return chosen(dataclasses.replace(score, **both), self.score.ids), False

@@ -297,7 +297,7 @@ def test_a_picture_is_encoded_once(directories, family, monkeypatch):
 def test_a_small_budget_drives_images_out(directories, monkeypatch):
     probe = Engine(directories["openflamingo", "optimized"], threads=1)
     one, _ = probe._ready(pictures(1))
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=2 * one[0].nbytes)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=2 * one[0].nbytes)
     encoded, shown, asked = Encoded(monkeypatch), pictures(3), prompt(engine.info, M, 2)
     first = [engine.generate(asked, [s], max_new_tokens=3).ids for s in shown]
     assert (encoded.images, len(engine.store)) == (3, 2)
@@ -308,13 +308,13 @@ def test_a_small_budget_drives_images_out(directories, monkeypatch):
 
 
 def test_nothing_is_kept_without_a_budget(directories, monkeypatch):
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=0)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=0)
     encoded, asked = Encoded(monkeypatch), prompt(engine.info, M, 2)
     answers = [engine.generate(asked, pictures(1), max_new_tokens=3).ids for _ in range(2)]
     assert answers[0] == answers[1]
     assert (encoded.images, len(engine.store)) == (2, 0)
-    with pytest.raises(EngineError, match="keep_bytes is -1"):
-        Engine(directories["openflamingo", "optimized"], keep_bytes=-1)
+    with pytest.raises(EngineError, match="cache_bytes is -1"):
+        Engine(directories["openflamingo", "optimized"], cache_bytes=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- chats

@@ -92,7 +92,7 @@ def main() -> None:
         rest = {k: x for k, x in inputs.items() if k != "pixel_values"}
 
         def ours(new: int) -> list[int]:
-            return engine.run_ids(
+            return engine.debug.generate_ids(
                 [ids], inputs["pixel_values"], image_inputs=rest, tiles=tiles, max_new_tokens=new, ignore_eos=True
             ).tokens[0]
 

@@ -173,7 +173,7 @@ class FirstToken:
         if self.decoder.takes_frames:
             self.pixels = self.pixels[:, None]
         self.counts = [len(s.images) for s in samples]
-        asked = [[{"role": "user", "content": engine.with_markers(s.prompt, s.images)}] for s in samples]
+        asked = [[{"role": "user", "content": engine._with_markers(s.prompt, s.images)}] for s in samples]
         self.ids = [engine.text.encode(engine.template.render(a)) for a in asked]
 
     def __call__(self) -> list[np.ndarray]:

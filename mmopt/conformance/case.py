@@ -164,7 +164,7 @@ class CrossMasks:
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of a call of a Program."""
-        made: dict[str, Any] = {"images": self.images, "before": self.before, "tiles": self.tiles}
+        made: dict[str, Any] = {"images": self.images, "num_previous_images": self.before, "tiles": self.tiles}
         return made | {"image_inputs": self.inputs or None}
 
     def last(self) -> list[CrossMask]:

@@ -27,7 +27,7 @@ SAMPLES = 48  # images that a plan is fitted to, and as many again to check it o
 def fit_flow_plan(
     program: Program,
     prompts: Sequence[str | Sequence[int]],
-    nfe: int,
+    steps: int,
     guidance: float | None = None,
     samples: int = SAMPLES,
     held_out: Sequence[str | Sequence[int]] | Mapping[str, Sequence[str | Sequence[int]]] | None = None,
@@ -38,7 +38,7 @@ def fit_flow_plan(
     polish: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Fit a solver of `nfe` evaluations to what a program paints of prompts of one form (`mmopt.flow.fit`).
+    """Fit a solver of `steps` evaluations to what a program paints of prompts of one form (`mmopt.flow.fit`).
 
     prompts: texts, or ids with one more for the place of the picture; `samples` noises are drawn for them in turn, and
     as many again, of other noises, for `held_out` (by default the same prompts) to check the plan on. If that maps
@@ -55,7 +55,7 @@ def fit_flow_plan(
     truth = reference(velocity, noise, weight, fine)
     forms = [name for name in (form, *named) for _ in range(samples)] if isinstance(held_out, Mapping) else None
     fit = fit_plan(
-        velocity, noise, nfe, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
+        velocity, noise, steps, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
         forms=forms, model=str(program.info.family), form=form,
     )  # fmt: skip
     fit = dataclasses.replace(fit, evaluations=fit.evaluations + fine * len(noise))

@@ -40,7 +40,7 @@ class _ProgramReader(Engine):
             self._text = TextProcessor.of_model(Path(folder, name), self.info, self.template) if name else None
 
     def ask(self, sample: Sample) -> str:
-        ids = self._render([{"role": "user", "content": self.with_markers(sample.prompt, sample.images)}])
+        ids = self._render([{"role": "user", "content": self._with_markers(sample.prompt, sample.images)}])
         self._count_images(ids, len(sample.images))
         given: dict[str, Any] = {"max_new_tokens": sample.max_new_tokens}
         if sample.images:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mmopt.processing.tile_processor import processor_of
 from mmopt.processing.tokenizer import TextProcessor, image_prompt_ids
 from mmopt.runtime import beam_search as beams
 from mmopt.runtime.chat import Chat
+from mmopt.runtime.debug import DebugEngine
 from mmopt.runtime.decoder import Decoder, LiveSequence
 from mmopt.runtime.image_generation import GeneratedImages, generate_images, shown
 from mmopt.runtime.images import Image
@@ -30,7 +30,7 @@ from mmopt.spec.flow_sampler import choose_plan, draw_noise
 from mmopt.spec.manifest import read_directory
 from mmopt.spec.prompt import count_tokens, empty_positions, layout_prompts
 
-__all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Run", "Stream", "available_providers"]
+__all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Stream", "available_providers"]
 
 
 class Engine:
@@ -67,6 +67,11 @@ class Engine:
         self.decoder = Decoder(self.directory, manifest, self.provider, self.threads)
         self.fingerprint, self.store = fingerprint(manifest), Store(cache_bytes)
 
+    @property
+    def debug(self) -> DebugEngine:
+        """Greedy decoding of ids, with logits and caches: for checks and measurement."""
+        return DebugEngine(self.info, self.decoder, self.encode_images)
+
     def __repr__(self) -> str:
         i = self.info
         return (
@@ -93,7 +98,7 @@ class Engine:
 
         With `stream` the result is an iterator over pieces of text; closing it cancels.
         """
-        job = self.prepare(Request(prompt, images, **options))
+        job = self._prepare(Request(prompt, images, **options))
         if job.answer.request.num_beams > 1:
             if stream:
                 raise EngineError("an answer with beams cannot be streamed: which one is best is known at the end")
@@ -106,7 +111,7 @@ class Engine:
 
         Those with beams take the lanes of a batch for themselves, one after the other.
         """
-        jobs, most = [self.prepare(r) for r in requests], self.info.batch
+        jobs, most = [self._prepare(r) for r in requests], self.info.batch
         together = [j for j in jobs if j.answer.request.num_beams == 1]
         for i in range(0, len(together), most):
             group = sorted(together[i : i + most], key=lambda j: -j.answer.limit)
@@ -117,7 +122,7 @@ class Engine:
 
     def chat(self) -> Chat:
         """A conversation: each image is encoded once, and earlier turns stay in the cache."""
-        return Chat(self.decoder, self.with_markers, self.prepare)
+        return Chat(self.decoder, self._with_markers, self._prepare)
 
     def generate_images(
         self,
@@ -174,7 +179,7 @@ class Engine:
         (`cache_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
         """
         with _engine_errors("the prefix is neither text nor token ids: "):
-            text = self.template.begin(self.with_markers(prompt, images)) if isinstance(prompt, str) else None
+            text = self.template.begin(self._with_markers(prompt, images)) if isinstance(prompt, str) else None
             ids = [int(t) for t in prompt] if text is None else self.text.encode(text)
         self._count_images(ids, len(images))
         with _engine_errors():
@@ -238,66 +243,8 @@ class Engine:
             limit = "at least 1" if most is None else f"1 to {most}"
             raise EngineError(f"{what} has {frames} frames, expected {limit}")
 
-    # ------------------------------------------------------------------------------------ for checks and measurement
-    def run_ids(
-        self,
-        prompts: Sequence[Sequence[int]],
-        pixel_values: np.ndarray | None = None,
-        image_rows: Tensor | np.ndarray | None = None,
-        max_new_tokens: int = 1,
-        forced: np.ndarray | None = None,
-        ignore_eos: bool = False,
-        logits: bool = False,
-        caches: bool = False,
-        images: Sequence[int] | None = None,
-        image_inputs: dict[str, np.ndarray] | None = None,
-        before: Sequence[int] | None = None,
-        tiles: Sequence[int] | None = None,
-    ) -> Run:
-        """Greedy decoding of prompts given as ids, with the image id where an image stands; images in order of prompts.
-
-        `forced` ``[B, max_new_tokens]`` is fed instead of the likeliest ids; nothing ends early then. `logits` and
-        `caches`: return these too. `image_inputs`: what the image stages take beside pixel_values. Where images lie
-        outside the text: `images` of each prompt, if not as many as its markers; `tiles` of each image that count;
-        markers `before` each prompt.
-        """
-        request = Request([], max_new_tokens=max_new_tokens)
-        with _engine_errors():
-            layout_prompts(prompts, self.info, max_new_tokens, images)
-        if forced is not None and np.shape(forced) != (len(prompts), max_new_tokens):
-            raise EngineError(f"forced has shape {np.shape(forced)}, expected ({len(prompts)}, {max_new_tokens})")
-        if image_rows is None and pixel_values is not None:
-            image_rows = self.encode_images(np.asarray(pixel_values), image_inputs)
-        if image_rows is not None and not isinstance(image_rows, Tensor):
-            image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
-        if image_rows is not None and image_rows.shape[1:] != self.decoder.rows_shape:
-            expected = ", ".join(map(str, self.decoder.rows_shape))
-            raise EngineError(f"image_rows have shape {image_rows.shape}, expected (N, {expected})")
-        eos = frozenset(() if ignore_eos or forced is not None else self.info.eos_ids)
-        jobs, rest = [], _each(image_rows)
-        counts = [list(p).count(self.info.image_id) for p in prompts] if images is None else list(images)
-        if sum(counts) != len(rest):
-            raise EngineError(f"the prompts have places for {sum(counts)} images, but {len(rest)} were given")
-        each = [self.decoder.image(r, tiles[i] if tiles is not None else None) for i, r in enumerate(rest)]
-        for i, prompt in enumerate(prompts):
-            row = None if forced is None else forced[i]
-            answer = RequestState(request, max_new_tokens, eos, forced=row, keep_logits=logits)
-            jobs.append(LiveSequence(answer, list(prompt), each[: counts[i]], before[i] if before is not None else 0))
-            each = each[counts[i] :]
-        cache = Cache(self.decoder.layout, len(jobs))  # not one of the pool: the result may keep it
-        for _ in self.decoder.run(cache, jobs):
-            pass
-        return Run(
-            [j.answer.ids for j in jobs],
-            [j.answer.finish or "" for j in jobs],
-            [np.stack(j.answer.logits) for j in jobs] if logits else None,
-            cache.past,
-            {k: t.numpy() for k, t in cache.tensors.items()} if caches else None,
-            image_rows,
-        )
-
     # ------------------------------------------------------------------------------------------------------- inside
-    def prepare(self, request: Request, earlier: Sequence[Image] = ()) -> LiveSequence:
+    def _prepare(self, request: Request, earlier: Sequence[Image] = ()) -> LiveSequence:
         """Check a request and encode its text and images. `earlier`: the first images of the prompt, made ready."""
         start = request.prefix
         if start is not None and start.made_for != self.fingerprint:
@@ -305,7 +252,7 @@ class Engine:
         if start is not None:
             ids = self._rest_of_message(request, start)
         elif isinstance(request.prompt, str):
-            content = self.with_markers(request.prompt, request.images)
+            content = self._with_markers(request.prompt, request.images)
             ids = self._render([{"role": "user", "content": content}])
         elif len(request.prompt) and isinstance(request.prompt[0], dict):
             ids = self._render(request.prompt)
@@ -353,7 +300,7 @@ class Engine:
         if not isinstance(request.prompt, str):
             with _engine_errors("after a prefix the prompt must be text or token ids: "):
                 return [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        rest = self.template.go_on(self.with_markers(request.prompt, request.images))
+        rest = self.template.go_on(self._with_markers(request.prompt, request.images))
         with _engine_errors():
             if start.text is not None:
                 whole = self.text.encode(start.text + rest)
@@ -378,7 +325,7 @@ class Engine:
             made.append(image)
         return made, keys
 
-    def with_markers(self, text: str, images: Sequence[Any]) -> str:
+    def _with_markers(self, text: str, images: Sequence[Any]) -> str:
         """A question with one marker for each image: put in front unless the question has them."""
         marker = self.template.image
         found = text.count(marker)
@@ -408,23 +355,6 @@ class Engine:
             return TextProcessor.of_model(self.directory / name, self.info, self.template)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `Engine.run_ids` returns; lists are by sample.
-
-    tokens: new ids, an end id included (with `forced`: the likeliest ids, though the forced ones were fed).
-    logits: ``[T, V]`` float32, a row for each of the tokens; the first is that of the prompt's last row.
-    past: filled rows ``[B]``. caches: name -> ``[B, kv_heads, context, head_dim]``. image_rows: ``[N, rows, hidden]``.
-    """
-
-    tokens: list[list[int]]
-    finish_reasons: list[str]
-    logits: list[np.ndarray] | None
-    past: np.ndarray
-    caches: dict[str, np.ndarray] | None
-    image_rows: Tensor | None
-
-
 def _digest(*arrays: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for x in arrays:
@@ -434,7 +364,3 @@ def _digest(*arrays: np.ndarray) -> str:
 
 def _is_video(image: Any) -> bool:
     return isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
-
-
-def _each(rows: Tensor | None) -> list[Tensor]:
-    return [] if rows is None else [rows[i : i + 1] for i in range(rows.shape[0])]

@@ -36,7 +36,7 @@ from mmopt.search.trials import Trials
 
 @dataclass(frozen=True)
 class QualityBudget:
-    """A budget: the mean score on `task` falls by at most `drop` from that of the uncompressed program.
+    """A budget: the mean score on `task` falls by at most `max_drop` from that of the uncompressed program.
 
     limit: so many of the task's samples, drawn by `seed`; quick: so many of these are asked first, 0 for none. trials:
     plans to measure. keeps, methods, positions, places: what plans are made of, by default every method at every place.
@@ -54,7 +54,7 @@ class QualityBudget:
     """
 
     task: Task
-    drop: float = 0.01
+    max_drop: float = 0.01
     limit: int | None = None
     quick: int = 64
     trials: int = 30
@@ -72,8 +72,8 @@ class QualityBudget:
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
             raise ValueError(f"task is {self.task!r}, expected a mmopt.Task")
-        if not _number(self.drop) or not 0 <= self.drop < 1:
-            raise ValueError(f"drop is {self.drop!r}, expected a share from 0 to 1, such as 0.01")
+        if not _number(self.max_drop) or not 0 <= self.max_drop < 1:
+            raise ValueError(f"max_drop is {self.max_drop!r}, expected a share from 0 to 1, such as 0.01")
         least = {"limit": 1, "quick": 0, "trials": 1, "seed": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -98,7 +98,7 @@ class QualityBudget:
             raise ValueError(f"flow is {self.flow!r}, expected a mmopt.DriftBudget")
 
     def __str__(self) -> str:
-        return f"a drop of at most {self.drop:g}"
+        return f"a drop of at most {self.max_drop:g}"
 
     @property
     def asked(self) -> Task:
@@ -107,7 +107,7 @@ class QualityBudget:
 
     def to_json(self) -> dict[str, Any]:
         """What decides which trials are made and how they come out."""
-        names = ("drop", "limit", "quick", "seed", "keeps", "methods", "positions", "places", "timed", "frontier")
+        names = ("max_drop", "limit", "quick", "seed", "keeps", "methods", "positions", "places", "timed", "frontier")
         made = {k: getattr(self, k) for k in names} | {"task": self.task.name}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 
@@ -231,7 +231,7 @@ class _Measuring:
             self.trials.add(candidate, row.to_json(), value, row.pruned)
         rows = [Row.from_json(r) for r in self.trials.rows]
         cost = "time to the first token" if budget.timed else "FLOPs up to the first token"
-        return Search(self.task.name, budget.drop, str(budget), cost, self.full, rows, left)
+        return Search(self.task.name, budget.max_drop, str(budget), cost, self.full, rows, left)
 
     def _bar(self) -> float:
         """The cost from which on a plan cannot be chosen any more."""
@@ -263,7 +263,7 @@ class _Measuring:
             score, pruned = self._score(runner)
             times = first_token(self.shown, self.runner, runner) if budget.timed else ()
         found, interval = compared(score, chosen(self.score, score.ids))
-        told = NOT_MET if pruned else verdict(found.mean, interval, budget.drop)
+        told = NOT_MET if pruned else verdict(found.mean, interval, budget.max_drop)
         of = self.places[candidate.place].rows
         seconds = statistics.median(times[1]) if times else None
         cost = statistics.median(b / a for a, b in zip(*times, strict=True)) if times else count / self.flops
@@ -278,7 +278,7 @@ class _Measuring:
             return evaluate(runner, self.task), False
         score = evaluate(runner, self.few)
         _, (_, high) = compared(score, chosen(self.score, score.ids))
-        if high < -self.budget.drop:
+        if high < -self.budget.max_drop:
             return score, True
         rest = [s for s in self.task.samples if s.id not in score.ids]
         more = evaluate(runner, dataclasses.replace(self.task, samples=rest))

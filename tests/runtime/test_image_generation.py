@@ -367,7 +367,7 @@ def test_text_as_the_program(each, plain, prompts):
     pixels = np.random.default_rng(2).standard_normal((count, 3, 8, 8)).astype(np.float32) if count else None
     given = None if pixels is None else torch.from_numpy(pixels)
     wanted = plain(prompts=prompts, pixel_values=given, max_new_tokens=5, ignore_eos=True)
-    run = each.run_ids(prompts, pixels, max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
+    run = each.debug.generate_ids(prompts, pixels, max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
     assert run.tokens == wanted["tokens"]
     assert run.past.tolist() == wanted["past"].tolist()
     last = np.stack([x[-1] for x in run.logits])
@@ -387,7 +387,7 @@ def test_forced_ids(each, plain):
 
     prompts = [[5, 6, 7], [1, 9]]
     plain(prompts=prompts, max_new_tokens=3, forced=torch.from_numpy(forced), ignore_eos=True, observe=observe)
-    run = each.run_ids(prompts, max_new_tokens=3, forced=forced, logits=True)
+    run = each.debug.generate_ids(prompts, max_new_tokens=3, forced=forced, logits=True)
     np.testing.assert_allclose(np.stack(run.logits)[:, 1:], np.stack(seen, 1), atol=1e-4)
 
 
@@ -423,7 +423,7 @@ def test_prefix(engine):
 
 def test_text_to_exactly_the_last_slot(each, plain):
     prompts = [ids(CONTEXT - 9)]
-    run = each.run_ids(prompts, max_new_tokens=10, ignore_eos=True)
+    run = each.debug.generate_ids(prompts, max_new_tokens=10, ignore_eos=True)
     assert run.tokens == plain(prompts=prompts, max_new_tokens=10, ignore_eos=True)["tokens"]
     assert run.past.tolist() == [CONTEXT]
 

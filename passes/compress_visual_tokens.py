@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from mmopt.ir.program import Program
 from mmopt.pruning.apply import compress, cost, find_places
 from mmopt.pruning.methods import METHODS
-from mmopt.pruning.propagate import RefusedError
+from mmopt.pruning.propagate import NotApplicable
 from mmopt.pruning.sites import PIXELS, RESIZE, Place
 from mmopt.rewrite.contracts import random_inputs
 from mmopt.rewrite.pass_base import Pass, Report
@@ -66,7 +66,7 @@ class CompressVisualTokens(Pass):
             return program
         try:
             made = compress(program, place, kept, self.method, self.positions)
-        except RefusedError as e:
+        except NotApplicable as e:
             report.skip(place.name, str(e))
             return program
         before, after = cost(program), cost(made, program)

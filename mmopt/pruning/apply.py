@@ -11,7 +11,7 @@ from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.pruning.language_sites import inside_places, narrow_language
 from mmopt.pruning.positions import carry_places, count_rows
-from mmopt.pruning.propagate import Narrower, RefusedError, Rows
+from mmopt.pruning.propagate import ImageRows, NotApplicable, PrunePropagator
 from mmopt.pruning.prune import choose, scale_down
 from mmopt.pruning.sites import RESIZE, Place, image_places, image_stages
 
@@ -33,7 +33,7 @@ def cost(program: Program, beside: Program | None = None, images: int = 1) -> fl
 
 
 def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:
-    """`kept` rows of each image from a place on. RefusedError says why that cannot be done there."""
+    """`kept` rows of each image from a place on. NotApplicable says why that cannot be done there."""
     if place.stage not in image_stages(program):
         return narrow_language(program, place, kept, method)
     made = program.copy()
@@ -42,13 +42,13 @@ def compress(program: Program, place: Place, kept: int, method: str, positions: 
     else:
         counts = zip(place.nodes, place.counts(kept), strict=True)
         cuts = {node: choose(count, method, made.weights) for node, count in counts}
-    runs: dict[str, Narrower] = {}
+    runs: dict[str, PrunePropagator] = {}
     results: dict[str, list[Node]] = {}
-    border: dict[str, tuple[str, Rows]] = {}  # value -> the stage that makes it, and its rows
+    border: dict[str, tuple[str, ImageRows]] = {}  # value -> the stage that makes it, and its rows
     for name in image_stages(program):
         stage = program.stages[name]
         given = {n: border[k][1] for k, n in stage.input_nodes().items() if k in border}
-        run = Narrower(stage.graph, given, cuts if name == place.stage else None)
+        run = PrunePropagator(stage.graph, given, cuts if name == place.stage else None)
         values = run.run()
         border |= {k: (name, run.rows[n]) for k, n in stage.output_nodes().items() if n in run.rows}
         if name == place.stage or any(r.new is not None for r in given.values()):
@@ -56,7 +56,7 @@ def compress(program: Program, place: Place, kept: int, method: str, positions: 
     border = {k: found for k, found in border.items() if found[1].new is not None}
     if "image_rows" in border:
         if program.info.cache_delta:
-            raise RefusedError("rows of images were left out inside the language model before")
+            raise NotApplicable("rows of images were left out inside the language model before")
         name, rows = border["image_rows"]
         at = program.stages[name].outputs.index("image_rows")
         if program.info.cross:
@@ -72,9 +72,9 @@ def compress(program: Program, place: Place, kept: int, method: str, positions: 
 
 def finish(
     program: Program,
-    runs: dict[str, Narrower],
+    runs: dict[str, PrunePropagator],
     results: dict[str, list[Node]],
-    border: dict[str, tuple[str, Rows]],
+    border: dict[str, tuple[str, ImageRows]],
 ) -> dict[str, Stage]:
     """The stages, last to first: what a stage reads beside rows (their places, their sizes), an earlier one gives."""
     stages: dict[str, Stage] = {}

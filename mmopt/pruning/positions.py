@@ -16,38 +16,38 @@ from torch.fx import Node
 from mmopt.ir.graph import ADD, ARANGE, EMBEDDING, FULL, MUL, Builder, aten, mapped, shape_of, simplify, symbol
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.pruning.propagate import Narrower, RefusedError, Rows
+from mmopt.pruning.propagate import ImageRows, NotApplicable, PrunePropagator
 from mmopt.spec.schedule import Call, Cat, Loop
 
 BASE = 128  # a column holds whole numbers below it exactly, in every type
 COLUMNS = 2
 
 
-def count_rows(program: Program, rows: Rows) -> None:
+def count_rows(program: Program, rows: ImageRows) -> None:
     """Images outside the text: blocks of `rows.new` rows. Stages of `program` are replaced."""
     for name in {c.stage for c in program.calls()}:
         stage = program.stages[name]
         given = {}
         for k, n in stage.input_nodes().items():
             if k == "media":
-                given[n] = Rows(2, 0, rows.count, new=rows.size)
+                given[n] = ImageRows(2, 0, rows.count, new=rows.size)
         if given:
-            narrower = Narrower(stage.graph, given)
-            narrower.b.output(narrower.run())
-            program.stages[name] = stage.replaced(narrower.b.graph)
+            propagator = PrunePropagator(stage.graph, given)
+            propagator.b.output(propagator.run())
+            program.stages[name] = stage.replaced(propagator.b.graph)
     assert program.info.cross is not None
     program.info = replace(program.info, cross=replace(program.info.cross, tokens=int(rows.size)))
 
 
-def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> Node:
+def carry_places(program: Program, b: Builder, image_rows: Node, rows: ImageRows) -> Node:
     """The rows of an image with their columns, emitted into the stage that makes them; the rest of `program` follows.
 
-    RefusedError if the language model's positions are not slots counted in order.
+    NotApplicable if the language model's positions are not slots counted in order.
     """
     info, name = program.info, "language_model"
     gone = int(rows.count - rows.size)
     if info.position_delta:
-        raise RefusedError("rows of images were left out before, at kept positions")
+        raise NotApplicable("rows of images were left out before, at kept positions")
     old = program.stages[name]
     program.stages[name], reach = reposition(old, info.tokens_per_image - gone, gone)
     program.info = replace(
@@ -64,7 +64,7 @@ def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> 
     return _with_columns(b, image_rows, rows)
 
 
-def _with_columns(b: Builder, x: Node, rows: Rows) -> Node:
+def _with_columns(b: Builder, x: Node, rows: ImageRows) -> Node:
     batch, total, _ = shape_of(x)
     kept = b.emit(ARANGE, (0, rows.size), (rows.size,), torch.int64)
     assert rows.places is not None
@@ -85,13 +85,13 @@ def reposition(stage: Stage, rows: int, gone: int) -> tuple[Stage, int]:
     many positions its tables hold."""
     inputs = stage.input_nodes()
     if "visual" not in inputs or "past" not in inputs:
-        raise RefusedError("the language model does not read rows of images on top of a cache")
+        raise NotApplicable("the language model does not read rows of images on top of a cache")
     visual = inputs["visual"]
     batch, nv, width = shape_of(visual)
     total = simplify(nv + symbol("nt"))
     counted = [n for n in stage.graph.nodes if n.target is ARANGE and n.args == (0, total)]
     if len(counted) != 1 or not all(_is_position(u, inputs["past"]) for u in counted[0].users):
-        raise RefusedError("the positions of the language model are not slots counted in order")
+        raise NotApplicable("the positions of the language model are not slots counted in order")
     tables = [int(shape_of(n.args[0])[0]) for n in _after(counted[0]) if n.target is EMBEDDING]
     b = Builder()
     env: dict[Node, Node] = {}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mmopt.ir.program import Program
 from mmopt.pruning.apply import compress, cost, find_places
-from mmopt.pruning.propagate import RefusedError
+from mmopt.pruning.propagate import NotApplicable
 from mmopt.pruning.sites import PIXELS, Place
 
 KEEPS = (0.5, 0.25, 0.125)
@@ -32,7 +32,7 @@ def place_savings(program: Program, keeps: Sequence[float] = KEEPS, every: bool 
         for i, kept in enumerate(row["kept"]):
             try:
                 made = compress(program, place, kept, "resize" if place.name == PIXELS else "first")
-            except (RefusedError, ValueError) as e:
+            except (NotApplicable, ValueError) as e:
                 row["why"] = str(e)
             else:
                 row["saved"][i] = 1 - cost(made, program) / before

@@ -49,10 +49,10 @@ from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.pruning import positions as row_positions
-from mmopt.pruning import propagate as narrowing
+from mmopt.pruning import propagate
 from mmopt.pruning.apply import compress as narrow
 from mmopt.pruning.apply import find_places
-from mmopt.pruning.propagate import RefusedError, Rows
+from mmopt.pruning.propagate import ImageRows, NotApplicable
 from mmopt.rewrite.contracts import ContractError, random_inputs
 from mmopt.spec import prompt as planning
 from mmopt.spec.schedule import Call
@@ -411,7 +411,7 @@ def test_a_family_with_masks_of_fixed_length_says_so():
     places = find_places(program)
     assert [p.name for p in places] == ["pixels", "encode_vision"]
     for place, method in zip(places, ("resize", "uniform"), strict=True):
-        with pytest.raises(RefusedError, match="what stands beside the rows"):
+        with pytest.raises(NotApplicable, match="what stands beside the rows"):
             narrow(program, place, 1, method)
 
 
@@ -431,7 +431,7 @@ def test_columns_that_are_not_told_are_noticed(monkeypatch):
         width = made.meta["shape"][2]
         kept = b.slice(made, 2, 0, width - 2)
         zeros = b.emit(
-            narrowing.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"]
+            propagate.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"]
         )
         return b.cat([kept, zeros], 2)
 
@@ -456,13 +456,13 @@ def test_a_host_that_forgets_images_is_noticed(monkeypatch, key):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_are_dropped_are_noticed(monkeypatch, family):
-    real = narrowing.Narrower.weight_of_sizes
+    real = propagate.PrunePropagator.weight_of_sizes
 
     def one_each(self, keys, rows):
         logs = real(self, keys, rows)
-        return self.b.emit(narrowing.MUL, (logs, 0.0), logs.meta["shape"], logs.meta["dtype"])
+        return self.b.emit(propagate.MUL, (logs, 0.0), logs.meta["shape"], logs.meta["dtype"])
 
-    monkeypatch.setattr(narrowing.Narrower, "weight_of_sizes", one_each)
+    monkeypatch.setattr(propagate.PrunePropagator, "weight_of_sizes", one_each)
     program, _ = compress(traced(family), 6 / 16, "pool", TOWERS[family] + ".1")  # windows of 4 and of 2 rows
     prompts = ids_of(family, "batch")
     images = shown(family, prompts)
@@ -488,7 +488,7 @@ def test_columns_hold_positions_exactly(dtype):
     b, count, kept = Builder(), 16000, 5
     x = b.placeholder("x", (sympy.Symbol("N"), kept + 2, 3), dtype)
     places = b.placeholder("places", (sympy.Symbol("N"), kept), torch.int64)
-    b.output([row_positions._with_columns(b, x, Rows(1, 1, count, new=kept, places=places))])
+    b.output([row_positions._with_columns(b, x, ImageRows(1, 1, count, new=kept, places=places))])
     stage = Stage(b.graph, ["x", "places"], ["y"])
     at = torch.tensor([[0, 128, 300, 777, 15999], [3, 4, 129, 255, 8191]])
     rows = torch.randn(2, kept + 2, 3).to(dtype)

@@ -409,7 +409,17 @@ def test_a_velocity_is_as_exact_as_what_it_is_made_in():
     assert difference(x, x + 1.0, torch.bfloat16) is not None
 
 
-@pytest.mark.parametrize("module", ["spec.schedule", "spec.flow_sampler", "runtime.image_generation", "spec.solvers", "spec.flow_plan", "spec.manifest"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "spec.schedule",
+        "spec.flow_sampler",
+        "runtime.image_generation",
+        "spec.solvers",
+        "spec.flow_plan",
+        "spec.manifest",
+    ],
+)
 def test_engines_need_no_torch(module):
     code = f"import sys, mmopt.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -184,10 +184,10 @@ def inspect(
             context = prompt_length + model.family.flow(model.config).rows
         program = mmopt.trace(model, batch, images, context)
         if places:
-            from mmopt.pruning.savings import place_savings, savings_text
+            from mmopt.pruning.savings import savings_text, site_savings
 
             now("counting")
-            found = place_savings(program)
+            found = site_savings(program)
             show({"places": found}, savings_text(found), as_json)
             return
         reports: list = []

@@ -1,4 +1,4 @@
-"""Places inside a language model whose images lie among the text: rows that its later layers do without.
+"""Sites inside a language model whose images lie among the text: rows that its later layers do without.
 
 Its first layers read all rows of an image, and choose; what they put into their caches stays there. The later layers
 hold fewer rows, so their slots are not those of the first: the host says how many rows of images they left out before
@@ -20,7 +20,7 @@ from mmopt.ir.stage import Stage
 from mmopt.pruning.positions import paint_apart, told
 from mmopt.pruning.propagate import AttentionScores, ImageRows, PruneFn, PrunePropagator
 from mmopt.pruning.prune import chosen
-from mmopt.pruning.sites import Place, cut_points, follow, image_stages
+from mmopt.pruning.sites import PruneSite, cut_points, follow, image_stages
 from mmopt.spec.prompt import LATE
 from mmopt.spec.schedule import Loop
 
@@ -45,7 +45,7 @@ def among_text(program: Program) -> Among | None:
     return None if rows is None else Among(name, rows, program.info.tokens_per_image)
 
 
-def inside_places(program: Program) -> list[Place]:
+def language_sites(program: Program) -> list[PruneSite]:
     """After each attention of the language model but the last."""
     found = among_text(program)
     if found is None or program.info.cache_delta:
@@ -54,10 +54,10 @@ def inside_places(program: Program) -> list[Place]:
     inputs = stage.input_nodes()
     propagator = PrunePropagator(stage.graph, {inputs["visual"]: visual_rows(inputs["visual"])})
     propagator.run()
-    first: dict[int, Place] = {}
+    first: dict[int, PruneSite] = {}
     for n, passed in cut_points(propagator, {inputs["visual"], inputs["text"]}):
-        place = Place(f"{found.stage}.{passed}", found.stage, found.patches.count, found.patches.grid, (n,))
-        first.setdefault(passed, place)
+        site = PruneSite(f"{found.stage}.{passed}", found.stage, found.patches.count, found.patches.grid, (n,))
+        first.setdefault(passed, site)
     return [p for passed, p in first.items() if 0 < passed < max(first)]
 
 
@@ -65,8 +65,8 @@ def visual_rows(visual: Node) -> ImageRows:
     return ImageRows(1, 0, shape_of(visual)[1])
 
 
-def narrow_language(program: Program, place: Place, kept: int, method: str) -> Program:
-    """`kept` rows of each image from a place inside the language model on."""
+def narrow_language(program: Program, site: PruneSite, kept: int, method: str) -> Program:
+    """`kept` rows of each image from a site inside the language model on."""
     found, made = among_text(program), program.copy()
     assert found is not None
     stage = program.stages[found.stage]
@@ -74,7 +74,7 @@ def narrow_language(program: Program, place: Place, kept: int, method: str) -> P
     visual, past = inputs["visual"], inputs["past"]
     more = {LATE: (shape_of(past), torch.int64)}
     cut = within(found, kept, method, made.weights, past)
-    propagator = PrunePropagator(stage.graph, {visual: visual_rows(visual)}, {place.nodes[0]: cut}, more)
+    propagator = PrunePropagator(stage.graph, {visual: visual_rows(visual)}, {site.nodes[0]: cut}, more)
     propagator.b.output(propagator.run())
     made.stages[found.stage] = Stage(propagator.b.graph, [LATE, *stage.inputs], stage.outputs)
     paint_apart(made, found.stage, stage)

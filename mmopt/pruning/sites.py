@@ -1,4 +1,4 @@
-"""Where a program can do with fewer visual rows, and what is put there: places found by data flow, and their cuts."""
+"""Where a program can do with fewer visual rows, and what is put there: sites found by data flow, and their cuts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mmopt.ir.program import Program
 from mmopt.pruning.propagate import ImageRows, PrunePropagator
 from mmopt.spec.schedule import Call
 
-PIXELS = "pixels"  # the place where an image is still one: it can be scaled down there
+PIXELS = "pixels"  # the site where an image is still one: it can be scaled down there
 
 
 @dataclass(frozen=True)
-class Place:
+class PruneSite:
     """A value that holds the rows of an image, and through which all goes that is made of them.
 
     name: "vision.3" is after the third attention of stage vision, "vision.all" after each of them, fewer and fewer,
@@ -59,25 +59,25 @@ def follow(program: Program) -> dict[str, PrunePropagator]:
     return found
 
 
-def image_places(program: Program) -> list[Place]:
-    """Places in the stages that make rows of pixels."""
-    places = []
+def image_sites(program: Program) -> list[PruneSite]:
+    """Sites in the stages that make rows of pixels."""
+    sites = []
     for stage, propagator in follow(program).items():
-        first: dict[int, Place] = {}  # by how many attentions came before
+        first: dict[int, PruneSite] = {}  # by how many attentions came before
         last = None
         for n, passed in cut_points(propagator):
             held = propagator.rows[n]
             if n.target is RESHAPE and n.args[0].target is CONV2D:  # type: ignore[union-attr]
-                places.append(Place(PIXELS, stage, held.count, held.grid, (n,)))
+                sites.append(PruneSite(PIXELS, stage, held.count, held.grid, (n,)))
             elif held.dim == 1 and len(shape_of(n)) == 3:
-                last = Place(stage, stage, held.count, held.grid, (n,))
+                last = PruneSite(stage, stage, held.count, held.grid, (n,))
                 first.setdefault(passed, replace(last, name=f"{stage}.{passed}"))
         inside = [p for passed, p in first.items() if passed and last and p.nodes != last.nodes]
         if len(inside) > 1:
             inside.append(replace(inside[-1], name=f"{stage}.all", nodes=tuple(n for p in inside for n in p.nodes)))
-        places += inside
-        places += [last] if last else []
-    return [p for p in places if p.rows > 1]
+        sites += inside
+        sites += [last] if last else []
+    return [p for p in sites if p.rows > 1]
 
 
 def cut_points(propagator: PrunePropagator, inputs: Collection[Node] | None = None) -> Iterator[tuple[Node, int]]:

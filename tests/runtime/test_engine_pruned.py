@@ -42,7 +42,7 @@ from mmopt.spec import prompt as planning
 from mmopt.spec.errors import EngineError
 
 ATOL = 2e-4
-MADE = {  # family, place, share of the rows, method
+MADE = {  # family, site, share of the rows, method
     "owl": ("owl", "abstractor", 0.5, "first"),
     "inside": ("owl", "language_model.1", 0.5, "merge"),
     "janus": ("janus", "encode_vision", 0.25, "pool"),
@@ -59,12 +59,12 @@ def inference():
 
 @cache
 def result(kind):
-    family, place, keep, method = MADE[kind]
+    family, site, keep, method = MADE[kind]
     m = model(family)
     m.tokenizer = m.tokenizer or (letters(60, {}).to_str() if family == "owl" else None)
     program = traced(family)
     program.source.tokenizer = m.tokenizer
-    return optimize(program, [CompressVisualTokens(keep, method, place), *default_passes()])
+    return optimize(program, [CompressVisualTokens(keep, method, site), *default_passes()])
 
 
 @pytest.fixture(scope="session")
@@ -328,6 +328,6 @@ def test_half_precision(janus, tmp_path):
     more = {"max_new_tokens": 4, "forced": np.array(FORCED), "logits": True}
     one, two = (np.stack(e.run_ids(prompts, images, **more).logits) for e in (janus, half))
     assert 0 < np.linalg.norm(one - two) < 0.01 * np.linalg.norm(one)
-    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", positions="renumber")
+    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", position_ids="renumber")
     other = run(renumbered, prompts, torch.from_numpy(images)).numpy()
     assert np.linalg.norm(one - other) > 0.1 * np.linalg.norm(one)

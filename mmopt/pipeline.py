@@ -20,7 +20,8 @@ from mmopt.passes.split_rows import SplitRows
 from mmopt.rewrite.contracts import ContractError, compare, why_unchecked
 from mmopt.rewrite.pass_base import Pass, Report
 
-Observer = Callable[[str, Report | None], None]
+Observer = Callable[[str, Report | None, Program], None]
+"""``(pass, None, the Program before it)``, then ``(pass, its report, the Program after it)``."""
 
 
 def default_passes() -> list[Pass]:
@@ -61,7 +62,7 @@ def run_passes(
     unchecked = why_unchecked(program) if check is None else (None if check else "checks are off")
     for p in default_passes() if passes is None else passes:
         for tell in observers:
-            tell(p.name, None)
+            tell(p.name, None, result.program)
         start = time.perf_counter()
         try:
             made, report = p(result.program)
@@ -73,7 +74,7 @@ def run_passes(
         report.checked = _check(p, report, result.program, made, unchecked)
         result = Result(made, [*result.reports, report])
         for tell in observers:
-            tell(p.name, report)
+            tell(p.name, report, result.program)
     return result
 
 

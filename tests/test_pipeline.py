@@ -102,10 +102,14 @@ def test_reports_say_what_was_done_where_and_what_was_left():
 
 
 def test_observers_are_told_before_and_after_each_pass():
-    told = []
-    optimize(chat(Routed()), [SplitRows(), Nothing()], observers=[lambda name, report: told.append((name, report))])
-    assert [name for name, _ in told] == ["split_rows", "split_rows", "nothing", "nothing"]
-    assert [report is None for _, report in told] == [True, False, True, False]
+    """With the Program as it is then."""
+    told, program = [], chat(Routed())
+    result = optimize(program, [SplitRows(), Nothing()], observers=[lambda *told_now: told.append(told_now)])
+    assert [name for name, _, _ in told] == ["split_rows", "split_rows", "nothing", "nothing"]
+    assert [report is None for _, report, _ in told] == [True, False, True, False]
+    assert told[0][2] is program
+    assert [str(p) == str(program) for _, _, p in told] == [True, False, False, False]
+    assert told[-1][2] is result.program
 
 
 def test_checks_can_be_left_out_and_asked_for(monkeypatch):

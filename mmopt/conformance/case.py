@@ -1,4 +1,4 @@
-"""TODO."""
+"""A recorded case as data: its prompts, images, outputs, and what its rows see."""
 
 from __future__ import annotations
 

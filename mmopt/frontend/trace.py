@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,12 +40,18 @@ class NextToken(nn.Module):
         return ids, done
 
 
-def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = None) -> Program:
+def trace(
+    model: Model,
+    batch: int = 1,
+    images: int = 1,
+    context: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Program:
     """Trace a loaded model (or one of shapes only) for at most `batch` samples of `images` images each.
 
     `context` is the capacity of the KV caches in rows: prompt, images and new tokens together (by default 512, or what
-    the config allows if that is less). Batch and prompt length stay free in the graphs. Raises ValueError if the config
-    does not allow that many rows.
+    the config allows if that is less). Batch and prompt length stay free in the graphs. `progress` is told which stage
+    is being traced. Raises ValueError if the config does not allow that many rows.
     """
     c = model.config
     flow = None if model.family.flow is None else model.family.flow(c)
@@ -61,7 +68,10 @@ def trace(model: Model, batch: int = 1, images: int = 1, context: int | None = N
     logits = TensorSpec(("B", "n", c.vocab_size), model.dtype)
     specs["next_token"] = StageSpec(NextToken(eos), {"logits": logits}, ["ids", "done"])
     weights: dict[str, torch.Tensor] = {}
-    traced = {name: trace_stage(spec, weights) for name, spec in specs.items()}
+    traced = {}
+    for name, described in specs.items():
+        progress(f"trace: stage {name}")
+        traced[name] = trace_stage(described, weights)
     language = specs["language_model"].inputs
     state: dict[str, tuple[tuple, torch.dtype]] = {"logits": (("B", 1, c.vocab_size), model.dtype)}
     for name in traced["language_model"].inputs:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How many questions of a task an engine or a Program answers right."""
 
 from __future__ import annotations
 

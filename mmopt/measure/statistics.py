@@ -1,4 +1,4 @@
-"""TODO."""
+"""Scores of a task with their intervals, and the paired comparison of two."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Score:
 
     @classmethod
     def load(cls, path: str | Path) -> Score:
-        """What `save` or ``mmopt bench --quality --json`` wrote. Raises ValueError if it is something else."""
+        """What `save` or ``mmopt bench quality --json`` wrote. Raises ValueError if it is something else."""
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(*(given[f.name] for f in fields(cls)))

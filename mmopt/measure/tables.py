@@ -1,4 +1,4 @@
-"""TODO."""
+"""Results of benchmarks as text and as pictures."""
 
 from __future__ import annotations
 

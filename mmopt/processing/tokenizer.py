@@ -1,4 +1,4 @@
-"""TODO."""
+"""The tokenizer of a model with its marks: text to ids and back, whole and in pieces."""
 
 from __future__ import annotations
 

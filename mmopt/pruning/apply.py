@@ -1,4 +1,4 @@
-"""TODO."""
+"""Puts pruning at a site into a Program, and counts what that saves."""
 
 from __future__ import annotations
 

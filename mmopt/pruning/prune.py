@@ -1,4 +1,4 @@
-"""TODO."""
+"""Prunes at a site: chooses the tokens that stay, or scales the image down."""
 
 from __future__ import annotations
 

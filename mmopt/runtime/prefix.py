@@ -17,8 +17,9 @@ from mmopt.runtime.cache_layout import CacheLayout
 from mmopt.runtime.images import Image, View
 from mmopt.runtime.tensor import Tensor, to_bits
 from mmopt.spec.errors import EngineError
-from mmopt.spec.manifest import SCHEMA, Manifest
+from mmopt.spec.manifest import Manifest
 from mmopt.spec.prompt import count_rows
+from mmopt.spec.schema import SCHEMA, check_schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +89,7 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
     try:
         with safe_open(path, "np") as f:
             said = json.loads((f.metadata() or {}).get("prefix", "{}"))
-            schema = said.get("schema") if isinstance(said, dict) else None
-            if schema != SCHEMA:
-                raise EngineError(f"{path}: not a prefix of schema {SCHEMA}, found {schema}")
+            check_schema(said, "a stored prefix", ("made_for", "ids", "rows", "dtype", "tiles", "text"))
             if said["made_for"] != made_for:
                 raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  it is no dict

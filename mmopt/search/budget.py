@@ -156,7 +156,7 @@ def search_quality(
 
     def tell(text: str) -> None:
         for observer in observers:
-            observer(text, None)
+            observer(text, None, program)
 
     with ExitStack() as stack:
         found = _Measuring(program, budget, exact, stack).run(tell)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Flow plans under a budget of drift, and plans fitted to a file of captions."""
 
 from __future__ import annotations
 

@@ -1,14 +1,21 @@
-"""TODO."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def save_json(data: dict[str, Any], path: str | Path) -> None:
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """`write` makes a file beside `path` that then takes its place: the file is there whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    partial = path.with_stem(f".{path.stem}.partial")
+    write(partial)
+    partial.replace(path)
+
+
+def save_json(data: dict[str, Any], path: str | Path) -> None:
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

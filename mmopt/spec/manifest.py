@@ -12,10 +12,8 @@ from mmopt.spec import typed_json
 from mmopt.spec.errors import EngineError
 from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.schedule import Schedules
+from mmopt.spec.schema import SCHEMA, check_schema
 
-SCHEMA = 2
-"""The number of all that is written here: program.json, plans, stored prefixes, journals of a search. It rises whenever
-a field without a default comes, or one goes or changes its meaning."""
 FILE = "program.json"
 
 
@@ -113,13 +111,6 @@ class Manifest:
     def save(self, directory: Path) -> None:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
         (directory / FILE).write_text(text, encoding="utf-8")
-
-
-def check_schema(data: Any, what: str) -> None:
-    """ValueError unless `data` is an object of the schema that is understood."""
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA or isinstance(found, bool):
-        raise ValueError(f"not {what} of schema {SCHEMA}, found {found!r}")
 
 
 def read_directory(directory: Path, verify_checksums: bool = False) -> Manifest:

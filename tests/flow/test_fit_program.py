@@ -141,8 +141,8 @@ def test_a_budget_on_the_command_line(tmp_path, monkeypatch):
         asked.append((prompts, budget))
         return found(program, PROMPTS, budget, steps=[4], samples=4, fine=40)
 
-    monkeypatch.setattr(flow_schedule, "reduce_to_budget", quick)
-    monkeypatch.setattr(mmopt, "trace", lambda model, *sizes: toy.program())
+    monkeypatch.setattr("mmopt.search.flow_budget.reduce_to_budget", quick)
+    monkeypatch.setattr(mmopt, "trace", lambda model, *sizes, **options: toy.program())
     given = ["optimize", "--config", "janusflow-tiny", "--no-check", "--drift", "0.5", "--prompts", str(texts)]
     said = CliRunner().invoke(app, [*given, "--plan-out", str(plan)])
     assert said.exit_code == 0, said.output

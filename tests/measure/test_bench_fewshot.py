@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 def inspected(*options: str) -> dict:
     made = CliRunner().invoke(app, ["inspect", *options, "--json"])
     assert made.exit_code == 0, made.output
-    return json.loads(made.output)
+    return json.loads(made.stdout)
 
 
 # GFLOP of a decoded token of the published sizes, as the reference computes it and with K and V hoisted and sliced

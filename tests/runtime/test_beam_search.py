@@ -303,6 +303,16 @@ def test_text_and_command_line(words):
     made = words.generate("what is it", beams=3, length_penalty=0.0, max_new_tokens=6)
     for h in made.hypotheses:
         assert h.text == words.text.decode(h.ids).strip()
-    run = ["run", str(words.directory), "what is it", "--beams", "3", "--length-penalty", "0", "--max-new-tokens", "6"]
+    run = [
+        "run",
+        str(words.directory),
+        "what is it",
+        "--num-beams",
+        "3",
+        "--length-penalty",
+        "0",
+        "--max-new-tokens",
+        "6",
+    ]
     said = CliRunner().invoke(app, run)
     assert (said.exit_code, said.stdout) == (0, made.text + "\n"), said

@@ -430,15 +430,15 @@ def test_text_to_exactly_the_last_slot(each, plain):
 
 # --------------------------------------------------------------------------------------------------- the command line
 def command(*args):
-    return CliRunner().invoke(app, ["paint", *map(str, args)])
+    return CliRunner().invoke(app, ["generate-image", *map(str, args)])
 
 
-def test_paint_on_the_command_line(directories, engine, tmp_path):
+def test_images_on_the_command_line(directories, engine, tmp_path):
     out = tmp_path / "tree.png"
     made = command(directories["optimized"], "a tree", out, "--steps", 2, "--seed", 4, "--threads", 1)
     assert made.exit_code == 0, made.output
     assert "ab2" in made.stdout
-    assert "4 passes" in made.stdout
+    assert "2 steps, 4 forwards" in made.stdout
     (wanted,) = engine.generate_image("a tree", steps=2, seed=4)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
     assert [f.name for f in tmp_path.iterdir()] == ["tree.png"]  # nothing half-written stays
@@ -450,15 +450,15 @@ def test_several_pictures_get_numbers(directories, tmp_path):
     made = command(directories["optimized"], "a tree", out, *given)
     facts = json.loads(made.stdout)
     assert facts["files"] == [str(tmp_path / f"tree-{i}.webp") for i in (1, 2, 3)]
-    assert (facts["plan"], facts["passes"]) == ("heun", 2)
+    assert (facts["plan"], facts["nfe"], facts["forwards"]) == ("heun", 2, 2)
     assert all(Image.open(f).size == (8, 8) for f in facts["files"])
 
 
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (["tree.txt"], r"tree.txt: expected the name of a picture: .png, .jpg or .webp"),
-        (["tree"], "expected the name of a picture"),
+        (["tree.txt"], "OUT: expected the name of an image, .png, .jpg or .webp, seen tree.txt"),
+        (["tree"], "expected the name of an image"),
         (["tree.png", "--solver", "rk4"], "solver 'rk4' is not known"),
         (["tree.png", "--solver", "heun", "--steps", "3"], "even number"),
         (["tree.png", "--provider", "tpu"], "provider is 'tpu'"),

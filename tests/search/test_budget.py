@@ -114,7 +114,7 @@ class World:
         return Quality(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
     def search(self, told=None, **changes):
-        observers = [] if told is None else [lambda text, report: told(text)]
+        observers = [] if told is None else [lambda text, report, program: told(text)]
         return search_quality(self.program, self.budget(**changes), [], observers=observers)
 
 
@@ -637,42 +637,46 @@ def run_cli(arguments, capsys):
 
 
 def test_on_the_command_line(program, task, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mmopt, "trace", lambda model, *sizes: program)  # quick
+    monkeypatch.setattr(mmopt, "trace", lambda model, *sizes, **options: program)  # quick
     plan = Candidate("vision.1", "pool", 0.5)
     monkeypatch.setattr(searching, "candidates", lambda budget, sites: ([plan], []))
     checkpoint = EXAMPLES / "checkpoints/mplug-owl2-vqa"
     given = ["optimize", checkpoint, "--dtype", "float32", "--context", "64", "--no-check"]
-    asked = [*given, "--quality", task, "--drop", "0.5", "--trials", "1", "--store", tmp_path / "trials.log"]
+    asked = [*given, "--quality", task, "--max-drop", "0.5", "--trials", "1", "--store", tmp_path / "trials.log"]
     code, out, err = run_cli([*asked, "--plan-out", tmp_path / "plan.json"], capsys)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "search: plan 1 of 1: pool at vision.1, keep 0.5" in err
+    assert "found the cheapest compression in budget" in out
     assert "budget: a drop of at most 0.5" in out
     (step,) = read_plan(tmp_path / "plan.json")["passes"]
     assert step["method"] == "pool"
     code, out, _ = run_cli([*given, "--plan", tmp_path / "plan.json", "--json"], capsys)
     assert code == 0
-    assert json.loads(out)["reports"][0]["name"] == "compress_visual_tokens"
+    assert json.loads(out)["passes"][0]["name"] == "compress_visual_tokens"
     wanted = ["export", checkpoint, tmp_path / "engine", "--no-check", "--no-optimize"]
-    code, out, err = run_cli([*wanted, "--plan", tmp_path / "plan.json"], capsys)
-    assert (code, err) == (0, "")
+    assert run_cli([*wanted, "--plan", tmp_path / "plan.json"], capsys)[0] == 0
     assert read_plan(tmp_path / "engine") == read_plan(tmp_path / "plan.json")
 
 
 def test_wrong_use_of_the_command_line(task, tmp_path, capsys):
     given = ["optimize", EXAMPLES / "checkpoints/mplug-owl2-vqa"]
     for arguments, message in (
-        (["--drop", "0.1", "--plot", "a.png"], "--drop, --plot: only for a search, with --quality"),
-        (["--quality", task, "--plan", "x"], "give one of them"),
-        (["--drift", "0.1"], "--drift and --prompts belong together"),
-        (["--prompts", task, "--quality", task], "--drift and --prompts belong together"),
+        (["--max-drop", "0.1", "--plot", "a.png"], "--max-drop, --plot: expected with --quality, seen without"),
+        (["--quality", task, "--plan", "x"], "--plan: expected without a search for a plan, seen with --quality"),
+        (["--drift", "0.1"], "--drift, --prompts: expected both or neither, seen one of them"),
+        (["--prompts", task, "--quality", task], "--drift, --prompts: expected both or neither, seen one of them"),
         (["--drift", "0.1", "--prompts", tmp_path / "none.txt"], "none.txt: not a readable text file"),
         (["--drift", "0", "--prompts", task], "drift mean is 0.0, expected a finite number above 0"),
-        (["--plan-out", "x"], "--plan-out: only for a search, with --quality or --drift"),
+        (["--plan-out", "x"], "--plan-out: expected with --quality or --drift, seen without"),
         (["--quality", task, "--plot", "a.jpg"], "expected the name of a PNG file"),
-        (["--quality", task, "--plan-out", tmp_path / "none" / "x"], "there is no such directory"),
+        (
+            ["--quality", task, "--plan-out", tmp_path / "none" / "x"],
+            "--plan-out: expected a file in a directory that exists",
+        ),
         (["--plan", tmp_path / "none.json"], "none.json"),
     ):
         code, _, err = run_cli([*given, *arguments], capsys)
         assert code == 2
         assert message in err
     code, _, err = run_cli(["export", given[1], tmp_path / "engine", "--polish", "3"], capsys)
-    assert (code, "--fit-steps and --polish: only with --fit" in err) == (2, True)
+    assert (code, "--polish: expected with --fit, seen without" in err) == (2, True)

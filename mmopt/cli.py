@@ -362,7 +362,7 @@ def inspect(
     report = mmopt.inspect(program, reports, **work)
     shown = text(report) + (f"\n\n{program}" if graphs else "")
     if prune_sites:
-        from mmopt.pruning.savings import site_savings, savings_text
+        from mmopt.pruning.savings import savings_text, site_savings
 
         output.progress("count what each site saves")
         report["prune_sites"] = site_savings(traced)

@@ -25,7 +25,6 @@ NOT_YET: set[str] = {
     "Program.paint: paint",
     "Program.painter: painter",
     "Program.painting: painting",
-    "Quality.places: places",
     "mmopt.Drift: now mmopt.DriftBudget",
     "mmopt.Quality: now mmopt.QualityBudget",
     "mmopt.fit_flow_schedule: now mmopt.fit_flow_plan",

@@ -109,7 +109,7 @@ class World:
         return score_of([not x for x in lost], [s.id for s in task.samples])
 
     def budget(self, **changes):
-        given = {"drop": 0.01, "trials": 12, "keeps": KEEPS, "seed": 1, "frontier": True}
+        given = {"drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
         given |= {"runner": lambda p: p} | changes
         return Quality(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 

@@ -14,6 +14,9 @@ _WHERE = {
     "CheckpointError": "mmopt.models._weight_files",
     "trace": "mmopt.frontend.trace",
     "optimize": "mmopt.search.optimize",
+    "default_passes": "mmopt.pipeline",
+    "CompressVisualTokens": "mmopt.passes.compress_visual_tokens",
+    "find_sites": "mmopt.pruning.apply",
     "export": "mmopt.exporters.onnx",
     "Engine": "mmopt.runtime.engine",
     "EngineError": "mmopt.spec.errors",
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from mmopt.measure.statistics import compare_scores as compare_scores
     from mmopt.measure.task import Task as Task
     from mmopt.models._weight_files import CheckpointError as CheckpointError
+    from mmopt.passes.compress_visual_tokens import CompressVisualTokens as CompressVisualTokens
+    from mmopt.pipeline import default_passes as default_passes
+    from mmopt.pruning.apply import find_sites as find_sites
     from mmopt.rewrite.contracts import ContractError as ContractError
     from mmopt.rewrite.pass_base import Pass as Pass
     from mmopt.rewrite.pass_base import Report as Report

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression_speed import CONFIGS, headed, inputs_of, places_of
+from compression_speed import CONFIGS, headed, inputs_of, sites_of
 from rich.table import Table
 
 import mmopt
@@ -114,7 +114,7 @@ def build(
     program: mmopt.Program, compression: mmopt.Pass, check: bool | None, folder: Path, threads: int, paint: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Step]:  # fmt: skip
-    """The engines of all steps, compared. ValueError if the place of compression saves too little."""
+    """The engines of all steps, compared. ValueError if the site of compression saves too little."""
     fewer, report = compression(program)
     if not report.rewrites:
         raise ValueError(f"nothing is compressed: {'; '.join(report.skipped)}")
@@ -140,12 +140,12 @@ def measure(
     config: str, compression: dict[str, Any], check: bool | None, rounds: int, paint_rounds: int, threads: int,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """All steps of a config. `compression`: options of the pass, its place by default a third into the tower."""
+    """All steps of a config. `compression`: options of the pass, its site by default a third into the tower."""
     model = mmopt.from_config(config, "float32", random=True)
     tell(f"{config}: tracing")
     program = mmopt.trace(model)
-    place = list(places_of(program))[1]
-    compression = {"place": place} | compression
+    site = list(sites_of(program))[1]
+    compression = {"site": site} | compression
     used = CompressVisualTokens(**compression)
     cpu, kind = torch.device("cpu"), program.dtype
     paint = bool(program.schedules.image) and paint_rounds > 0
@@ -170,7 +170,7 @@ def measure(
         before = n
     return {
         **head("composition of passes", threads, program.info.dtype),
-        "compression": {"site": used.place, "method": used.method, "keep_ratio": used.keep},
+        "compression": {"site": used.site, "method": used.method, "keep_ratio": used.keep_ratio},
         "sizes": {
             "parameters": sum(p.numel() for p in model.module.parameters()),
             "context": program.info.context,
@@ -234,7 +234,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     configs = json.loads(a.out.read_text())["configs"] if a.out and a.out.exists() else {}
-    options = {"method": a.method, "keep": a.keep_ratio} | ({"place": a.site} if a.site else {})
+    options = {"method": a.method, "keep_ratio": a.keep_ratio} | ({"site": a.site} if a.site else {})
     tell, painted = partial(print, file=sys.stderr, flush=True), 0 if a.no_images else a.image_rounds
     for config in a.configs if a.rounds else ():
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/compression_quality.py mplug-owl2-vqa --limit 1000 --out results.json --plot results.png
 
-Each place, method and share of rows kept answers the same questions. Beside each score stand paired differences to all
+Each site, method and share of rows kept answers the same questions. Beside each score stand paired differences to all
 rows and to what a method has to beat: rows drawn at random, rows averaged, a smaller image. Results are written after
 each row, and what the file has already is not measured again. Times are those of one process: the engines of all rows
 of the table take turns.
@@ -48,16 +48,16 @@ class Way(NamedTuple):
     keep_ratio: float
 
 
-def ways(there: Sequence[str], places: Sequence[str], methods: Sequence[str], keeps: Sequence[float]) -> list[Way]:
-    """All ways to be measured, baselines first. ValueError for a place or a method that does not exist."""
+def ways(there: Sequence[str], sites: Sequence[str], methods: Sequence[str], keeps: Sequence[float]) -> list[Way]:
+    """All ways to be measured, baselines first. ValueError for a site or a method that does not exist."""
     from mmopt.pruning.methods import METHODS
 
-    known = {"sites": (places, there), "methods": (methods, [*METHODS, RESIZE])}
+    known = {"sites": (sites, there), "methods": (methods, [*METHODS, RESIZE])}
     for what, (given, names) in known.items():
         if wrong := [g for g in given if g not in names]:
             raise ValueError(f"--{what}: expected some of {', '.join(names)}, found {', '.join(wrong)}")
     order = sorted(methods or known["methods"][1], key=lambda m: BASELINES.index(m) if m in BASELINES else 9)
-    every = product(sorted(places or there, key=lambda p: p != PIXELS), order, keeps)
+    every = product(sorted(sites or there, key=lambda p: p != PIXELS), order, keeps)
     return [Way(*w) for w in every if (w[0] == PIXELS) == (w[1] == RESIZE)]
 
 
@@ -67,7 +67,7 @@ def program_of(program: mmopt.Program, way: Way, positions: str) -> tuple[mmopt.
         return mmopt.optimize(program, check=False).program, ""
     from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 
-    p = CompressVisualTokens(keep=way.keep_ratio, method=way.method, place=way.site, positions=positions)
+    p = CompressVisualTokens(keep_ratio=way.keep_ratio, method=way.method, site=way.site, position_ids=positions)
     result = mmopt.optimize(program, [p, *default_passes()], check=False)
     report = result.reports[0]
     return (result.program, report.rewrites[0]) if report.rewrites else (None, "; ".join(report.skipped))
@@ -129,8 +129,8 @@ class Results:
     def compare(self, row: dict[str, Any]) -> None:
         """Add the paired differences to those baselines that are there by now."""
         for baseline, (name, own) in product(BASELINES, row.get("tasks", {}).items()):
-            place = {FULL: "", RESIZE: PIXELS}.get(baseline, row["site"])
-            other = self.row(Way(place, baseline, 1.0 if baseline == FULL else row["keep_ratio"])) or row
+            site = {FULL: "", RESIZE: PIXELS}.get(baseline, row["site"])
+            other = self.row(Way(site, baseline, 1.0 if baseline == FULL else row["keep_ratio"])) or row
             if other is row or name not in other.get("tasks", {}) or baseline in own["over"] or row["method"] == BLIND:
                 continue
             d = mmopt.compare_scores(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
@@ -269,14 +269,14 @@ def main() -> None:
     parser.add_argument("--plot-times", type=Path, help="PNG file: right answers over time")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
-    from mmopt.pruning.apply import find_places
+    from mmopt.pruning.apply import find_sites
 
     program, tasks = YARDSTICKS[args.checkpoint]()
-    places, methods, names = ([x for x in v.split(",") if x] for v in (args.sites, args.methods, args.tasks))
+    sites, methods, names = ([x for x in v.split(",") if x] for v in (args.sites, args.methods, args.tasks))
     if wrong := [n for n in names if n not in tasks]:
         parser.error(f"--tasks: expected some of {', '.join(tasks)}, found {', '.join(wrong)}")
-    there = {p.name: p.rows for p in find_places(program)}
-    listed = ways([*there], places, methods, [float(k) for k in args.keep_ratios.split(",")])
+    there = {p.name: p.rows for p in find_sites(program)}
+    listed = ways([*there], sites, methods, [float(k) for k in args.keep_ratios.split(",")])
     chosen = {n: first(t, args.limit) for n, t in tasks.items() if n in (names or tasks)}
     sizes = {"parameters": sum(w.numel() for w in program.weights.values()), "sites": there}
     sizes |= {"tokens_per_image": program.info.tokens_per_image}

@@ -21,7 +21,7 @@ COLOURS = [*(f"C{i}" for i in range(10)), "navy", "gold"]  # of methods
 NOTES = (
     "right: share of right answers, with the 95 % interval; blind: the same questions about grey pictures.",
     "minus full: paired difference to all rows. minus random, pool: to rows drawn at random, to averaged rows, as many "
-    "at the same place. minus resize: to a smaller image, as large a share. *: the 95 % interval leaves out 0.",
+    "at the same site. minus resize: to a smaller image, as large a share. *: the 95 % interval leaves out 0.",
     "first token: ms of encoding the images of a sample and reading its prompt, of 16 samples in a row, median "
     "and quartiles of rounds in which all engines take turns; x full: median of the speed-up over all rows in a round.",
     "best: no other has more right answers in no more time, or takes less for no fewer.",
@@ -97,24 +97,24 @@ def frontier(rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 
 
 def plot(found: dict[str, Any], path: str | Path) -> None:
-    """Share of right answers over the share of rows kept, for each task (down) and place (across), as a PNG file.
+    """Share of right answers over the share of rows kept, for each task (down) and site (across), as a PNG file.
 
     Raises ImportError without matplotlib, ValueError for a name that does not end in .png or results without scores.
     """
     rows = [r for r in found["rows"] if "tasks" in r]
     there = {r["site"] for r in rows}
-    places = [p for p in found["sizes"]["sites"] if p in there and p != PIXELS] or [PIXELS] * (PIXELS in there)
-    if not places:
+    sites = [p for p in found["sizes"]["sites"] if p in there and p != PIXELS] or [PIXELS] * (PIXELS in there)
+    if not sites:
         raise ValueError("there are no scores of fewer rows to plot")
     tasks = [*found["samples"]]
-    figure = png_figure(path, (4.2 * len(places) + 1.5, 3.4 * len(tasks)))
-    grid = figure.subplots(len(tasks), len(places), squeeze=False, sharex=True, sharey="row")
+    figure = png_figure(path, (4.2 * len(sites) + 1.5, 3.4 * len(tasks)))
+    grid = figure.subplots(len(tasks), len(sites), squeeze=False, sharex=True, sharey="row")
     keeps = sorted({r["keep_ratio"] for r in rows if r["site"]})
     methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] not in (FULL, BLIND)))
     for line, task in zip(grid, tasks, strict=True):
-        for axes, place in zip(line, places, strict=True):
+        for axes, site in zip(line, sites, strict=True):
             for i, method in enumerate(methods):
-                own = [r for r in rows if r["method"] == method and r["site"] in (place, PIXELS)]
+                own = [r for r in rows if r["method"] == method and r["site"] in (site, PIXELS)]
                 _line(
                     axes, sorted(own, key=lambda r: r["keep_ratio"]), task, method, i / len(methods) - 0.5, COLOURS[i]
                 )
@@ -125,7 +125,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
                 axes.axhspan(low, high, color="black", alpha=0.08)
             axes.set_xscale("log", base=2)
             axes.set_xticks(keeps, [f"{k:.3g}" for k in keeps])
-            axes.set_title(f"{task}; {place}", fontsize="medium")
+            axes.set_title(f"{task}; {site}", fontsize="medium")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("right answers")
     for axes in grid[-1]:
@@ -150,14 +150,14 @@ def _line(axes: Any, rows: list[dict[str, Any]], task: str, method: str, shift: 
 def plot_times(found: dict[str, Any], path: str | Path) -> None:
     """Share of right answers over the time to the first token, relative to all rows, for each task, as a PNG file.
 
-    A colour for each method, a marker for each place, larger where more rows stay; the line is what no other beats.
+    A colour for each method, a marker for each site, larger where more rows stay; the line is what no other beats.
     Raises ImportError without matplotlib, ValueError for a name that does not end in .png or results without times.
     """
     timed = [r for r in found["rows"] if "times" in r]
     if not timed:
         raise ValueError("there are no times to plot")
     tasks = [*found["samples"]]
-    places = {
+    sites = {
         p: m
         for p, m in zip(found["sizes"]["sites"], "sov^D<>PX*hp", strict=False)
         if any(r["site"] == p for r in timed)
@@ -172,7 +172,7 @@ def plot_times(found: dict[str, Any], path: str | Path) -> None:
                 axes.axhline(at[1], linewidth=1, color="black")
                 axes.axvline(at[0], linewidth=1, color="black")
                 continue
-            style = {"color": COLOURS[methods.index(r["method"])], "marker": places[r["site"]]}
+            style = {"color": COLOURS[methods.index(r["method"])], "marker": sites[r["site"]]}
             axes.scatter(*at, 160 * r["keep_ratio"], alpha=0.8, linewidths=0, **style)
         best = [(1 / r["times"][task]["faster"]["median"], r["tasks"][task]["mean"]) for r in frontier(own, task)]
         axes.plot(*zip(*best, strict=True), color="0.75", linewidth=5, zorder=0)
@@ -182,7 +182,7 @@ def plot_times(found: dict[str, Any], path: str | Path) -> None:
     figure.axes[0].set_ylabel("right answers")
     for i, method in enumerate(methods):
         figure.axes[-1].scatter([], [], color=COLOURS[i], label=method)
-    for place, marker in places.items():
-        figure.axes[-1].scatter([], [], color="0.4", marker=marker, label=place)
+    for site, marker in sites.items():
+        figure.axes[-1].scatter([], [], color="0.4", marker=marker, label=site)
     figure.legend(loc="outside right upper", fontsize="small")
     save_png(figure, path)

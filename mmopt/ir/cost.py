@@ -1,4 +1,4 @@
-"""What one call of a stage costs: FLOPs, bytes of weights and of caches. The rules stand in `mmopt.ir.op_rules`."""
+"""FLOPs, bytes of weights and rows of caches of one call, counted from shapes. Rules: `mmopt.ir.op_rules`."""
 
 from __future__ import annotations
 

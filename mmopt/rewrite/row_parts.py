@@ -70,7 +70,7 @@ def uniform(node: Any) -> Any:
     return node.args[1] if isinstance(node, Node) and node.target is FULL else None
 
 
-class Seams:
+class PartInterpreter:
     """Interprets one graph in parts. `log(where, why)` is told wherever parts had to be joined."""
 
     def __init__(self, log: Callable[[str, str], None]):

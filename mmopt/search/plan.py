@@ -12,7 +12,7 @@ from mmopt.ir.program import Program
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
-from mmopt.pruning.apply import find_places
+from mmopt.pruning.apply import find_sites
 from mmopt.pruning.methods import METHODS
 from mmopt.rewrite.pass_base import Pass
 from mmopt.spec.files import save_json
@@ -20,7 +20,7 @@ from mmopt.spec.flow_plan import FlowPlan
 
 FORMAT = "mmopt-plan-1"
 
-PIXELS, RESIZE = "pixels", "resize"  # where images are scaled down and no rows are selected: a place, its method
+PIXELS, RESIZE = "pixels", "resize"  # where images are scaled down and no rows are selected: a site, its method
 
 COMPRESS, REDUCE = "compress_visual_tokens", "reduce_flow_steps"
 
@@ -34,9 +34,9 @@ def make_plan(passes: Sequence[dict[str, Any]], **facts: Any) -> Plan:
     return {"format": FORMAT, "passes": list(passes), **facts}
 
 
-def compression(place: str, method: str, keep: float, positions: str = "keep") -> dict[str, Any]:
+def compression(site: str, method: str, keep_ratio: float, position_ids: str = "keep") -> dict[str, Any]:
     """The pass compress_visual_tokens in a plan."""
-    return {"name": COMPRESS, "place": place, "method": method, "keep": keep, "positions": positions}
+    return {"name": COMPRESS, "site": site, "method": method, "keep_ratio": keep_ratio, "position_ids": position_ids}
 
 
 def flow_steps(program: Program) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def passes_of(plan: Plan | str | Path, program: Program | None = None) -> list[P
     """The passes of a plan, as `read_plan` takes it.
 
     Raises ValueError that names it for a pass, a method or an argument that is not known, and, with a `program`, for a
-    place that this program does not have.
+    site that this program does not have.
     """
     made = []
     for step in read_plan(plan)["passes"]:
@@ -99,10 +99,10 @@ def _arguments(name: str, given: dict[str, Any], needed: Sequence[str], other: S
 
 
 def _compress(given: dict[str, Any], program: Program | None) -> Pass:
-    _arguments(COMPRESS, given, ("place", "method", "keep"), ("positions",))
+    _arguments(COMPRESS, given, ("site", "method", "keep_ratio"), ("position_ids",))
     check_methods([given["method"]])
     if program is not None:
-        check_places(program, [given["place"]])
+        check_sites(program, [given["site"]])
     return CompressVisualTokens(**given)
 
 
@@ -122,14 +122,14 @@ def check_methods(methods: Sequence[Any]) -> None:
             raise ValueError(f"method {method!r} is not known; there are {', '.join(known)}")
 
 
-def check_places(program: Program, wanted: Sequence[Any]) -> list[Any]:
-    """The places of a program where visual tokens can be compressed, or ValueError for one that is not there."""
-    places = find_places(program)
-    names = [p.name for p in places]
-    for place in wanted:
-        if place not in names:
-            raise ValueError(f"place {place!r} is not in this program; there are {', '.join(names) or 'none'}")
-    return places
+def check_sites(program: Program, wanted: Sequence[Any]) -> list[Any]:
+    """The sites of a program where visual tokens can be compressed, or ValueError for one that is not there."""
+    sites = find_sites(program)
+    names = [p.name for p in sites]
+    for site in wanted:
+        if site not in names:
+            raise ValueError(f"site {site!r} is not in this program; there are {', '.join(names) or 'none'}")
+    return sites
 
 
 def apply_plan(

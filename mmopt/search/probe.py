@@ -44,12 +44,12 @@ def flops(program: Program, beside: Program | None = None) -> float:
 
 def compressed(program: Program, candidate: Candidate) -> Program | str:
     """The program with a plan, or why that cannot be."""
-    _, method, keep, positions = candidate
+    _, method, keep_ratio, position_ids = candidate
     try:
-        made, report = CompressVisualTokens(keep, method, candidate.place, positions)(program)
+        made, report = CompressVisualTokens(keep_ratio, method, candidate.site, position_ids)(program)
     except ValueError as e:
         return str(e)
-    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.place, "program")]
+    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.site, "program")]
     return made if report.rewrites else "; ".join(own or report.skipped)
 
 

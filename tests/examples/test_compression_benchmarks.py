@@ -1,4 +1,4 @@
-"""The benchmarks of speed and of composition: which passes and places they take, what they refuse to time."""
+"""The benchmarks of speed and of composition: which passes and sites they take, what they refuse to time."""
 
 import json
 import sys
@@ -35,17 +35,17 @@ def program():
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-def test_places(program):
+def test_sites(program):
     """After a third of the tower, all through it, where rows leave a stage, after a sixth of the language model."""
-    made = speed.places_of(program)
+    made = speed.sites_of(program)
     assert list(made) == ["pixels", "vision.1", "vision.all", "vision", "abstractor", "language_model.1"]
     assert made["pixels"] == ("resize",)
 
 
 def test_early():
-    places = [speed.Place(f"tower.{i}", "tower", 9, None, ()) for i in range(1, 13)]
-    places += [speed.Place("tower.all", "tower", 9, None, ()), speed.Place("other.1", "other", 9, None, ())]
-    assert [speed.early(places, "tower", x) for x in (1 / 3, 1 / 6, 0.01, 1)] == [
+    sites = [speed.PruneSite(f"tower.{i}", "tower", 9, None, ()) for i in range(1, 13)]
+    sites += [speed.PruneSite("tower.all", "tower", 9, None, ()), speed.PruneSite("other.1", "other", 9, None, ())]
+    assert [speed.early(sites, "tower", x) for x in (1 / 3, 1 / 6, 0.01, 1)] == [
         "tower.4", "tower.2", "tower.1", "tower.12",
     ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_faster():
     assert "language" not in speed.sums(1.0, 2.0, 0.0, False)
 
 
-def test_unknown_place(monkeypatch, program):
+def test_unknown_site(monkeypatch, program):
     monkeypatch.setattr(mmopt, "trace", lambda model: program, raising=False)
     with pytest.raises(ValueError, match=r"--sites: expected some of pixels, .*found tower"):
         speed.measure("mplug-owl2-tiny", [0.5], ["tower"], 1, 1, lambda *now: None)

@@ -15,7 +15,7 @@ from mmopt.pipeline import default_passes
 from mmopt.search.optimize import optimize
 
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
-MADE = {  # family, place, method
+MADE = {  # family, site, method
     "before": ("janus", "encode_vision", "uniform"),
     "inside": ("janus", "language_model.1", "pool"),
     "tower": ("flamingo", "encode_vision.1", "merge"),
@@ -24,8 +24,8 @@ MADE = {  # family, place, method
 
 @cache
 def program(kind):
-    family, place, method = MADE[kind]
-    passes = [CompressVisualTokens(0.5, method, place), *default_passes()]
+    family, site, method = MADE[kind]
+    passes = [CompressVisualTokens(0.5, method, site), *default_passes()]
     made = optimize(traced(family), passes, check=False)
     assert made.reports[0].rewrites
     return made.program

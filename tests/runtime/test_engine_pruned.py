@@ -42,7 +42,7 @@ from mmopt.spec import prompt as planning
 from mmopt.spec.errors import EngineError
 
 ATOL = 2e-4
-MADE = {  # family, place, share of the rows, method
+MADE = {  # family, site, share of the rows, method
     "owl": ("owl", "abstractor", 0.5, "first"),
     "inside": ("owl", "language_model.1", 0.5, "merge"),
     "janus": ("janus", "encode_vision", 0.25, "pool"),
@@ -59,12 +59,12 @@ def inference():
 
 @cache
 def result(kind):
-    family, place, keep, method = MADE[kind]
+    family, site, keep, method = MADE[kind]
     m = model(family)
     m.tokenizer = m.tokenizer or (letters(60, {}).to_str() if family == "owl" else None)
     program = traced(family)
     program.source.tokenizer = m.tokenizer
-    return optimize(program, [CompressVisualTokens(keep, method, place), *default_passes()])
+    return optimize(program, [CompressVisualTokens(keep, method, site), *default_passes()])
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +249,7 @@ def test_beams(engine, kind):
         return np.stack([logits(b) for b in beams])
 
     wanted = search(logits([]), step, 3, 4, engine.info.eos_ids)
-    said = engine.generate(prompt, shown, beams=3, **OPTIONS)
+    said = engine.generate(prompt, shown, num_beams=3, **OPTIONS)
     assert [tuple(h.ids) for h in said.hypotheses] == [h.ids for h in wanted]
     assert said.score == pytest.approx(wanted[0].score, abs=5e-4)
 
@@ -309,9 +309,9 @@ def test_forgotten_images_are_noticed(directories, monkeypatch):
     prompts = ids_of("janus", "apart")
     images = shown("janus", prompts)
     wanted = reference("janus", prompts, FORCED, by_hand("janus", images)[0])
-    real = planning.told_of_images
+    real = planning.position_deltas
     monkeypatch.setattr(
-        "mmopt.runtime.decoder.told_of_images", lambda a, b, info: real(a, b, info) | {"left_out_before": a * 0}
+        "mmopt.runtime.decoder.position_deltas", lambda a, b, info: real(a, b, info) | {"position_delta_before": a * 0}
     )
     more = {"max_new_tokens": 4, "forced": np.array(FORCED[:1]), "logits": True}
     found = engine.debug.generate_ids(prompts, images.numpy(), **more)
@@ -328,6 +328,6 @@ def test_half_precision(janus, tmp_path):
     more = {"max_new_tokens": 4, "forced": np.array(FORCED), "logits": True}
     one, two = (np.stack(e.debug.generate_ids(prompts, images, **more).logits) for e in (janus, half))
     assert 0 < np.linalg.norm(one - two) < 0.01 * np.linalg.norm(one)
-    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", positions="renumber")
+    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", position_ids="renumber")
     other = run(renumbered, prompts, torch.from_numpy(images)).numpy()
     assert np.linalg.norm(one - other) > 0.1 * np.linalg.norm(one)

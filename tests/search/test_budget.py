@@ -45,18 +45,18 @@ def score_of(values, ids=None):
 
 
 # ------------------------------------------------------------------- a world in which all costs and qualities are known
-def known_cost(place, method, keep):
+def known_cost(site, method, keep):
     """The earlier and the fewer, the cheaper; merging costs a little."""
-    early = {"pixels": 0.8, "vision.1": 0.7, "vision": 0.5, "resampler": 0.01}[place]
+    early = {"pixels": 0.8, "vision.1": 0.7, "vision": 0.5, "resampler": 0.01}[site]
     return 1 - early * (1 - keep) + 0.01 * (method == "merge")
 
 
-def known_losses(place, method, keep):
+def known_losses(site, method, keep):
     """Of 400 samples, so many are answered wrong: merging is good, early is bad, one row in eight is too few."""
     worst = {0.5: 0, 0.25: 8, 0.125: 40}[keep]
     return (
         worst
-        + {"pixels": 20, "vision.1": 4, "vision": 0, "resampler": 0}[place]
+        + {"pixels": 20, "vision.1": 4, "vision": 0, "resampler": 0}[site]
         + {"merge": -6, "first": 90}.get(method, 0)
     )
 
@@ -66,8 +66,8 @@ class Toy(Pass):
 
     contract = "approximate"
 
-    def __init__(self, keep=0.25, method="pool", place=None, positions="keep"):
-        self.asked = place, method, keep
+    def __init__(self, keep_ratio=0.25, method="pool", site=None, position_ids="keep"):
+        self.asked = site, method, keep_ratio
 
     @property
     def name(self):
@@ -91,7 +91,7 @@ class World:
     def __init__(self, patch):
         self.asked, self.made = {}, []
         names = [SimpleNamespace(name=k, rows=n) for k, n in PLACES.items()]
-        fake = SimpleNamespace(CompressVisualTokens=Toy, find_places=lambda program: names)
+        fake = SimpleNamespace(CompressVisualTokens=Toy, find_sites=lambda program: names)
         patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
         patch.setitem(sys.modules, "mmopt.pruning.methods", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
         asked = lambda p: known_cost(*p.info.asked) if "asked" in p.info else 1  # noqa: E731
@@ -109,7 +109,7 @@ class World:
         return score_of([not x for x in lost], [s.id for s in task.samples])
 
     def budget(self, **changes):
-        given = {"drop": 0.01, "trials": 12, "keeps": KEEPS, "seed": 1, "frontier": True}
+        given = {"max_drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
         given |= {"runner": lambda p: p} | changes
         return QualityBudget(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
@@ -136,7 +136,7 @@ def best_of_all(drop):
 # ---------------------------------------------------------------------------------------------------------- the search
 @pytest.mark.parametrize("drop", [0.005, 0.01, 0.2])
 def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
-    result = world.search(drop=drop, trials=99)
+    result = world.search(max_drop=drop, trials=99)
     best = result.search.best
     assert tuple(best.plan)[:3] == best_of_all(drop)
     assert (best.cost, best.verdict != NOT_MET) == (pytest.approx(known_cost(*best_of_all(drop))), True)
@@ -147,8 +147,8 @@ def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
 @pytest.mark.parametrize("drop", [0.0, 0.01, 0.06])
 def test_plans_that_cannot_be_chosen_are_passed_over(world, drop):
     """The choice is that of measuring everything, with fewer questions; each plan measured could have been chosen."""
-    whole = world.search(drop=drop, trials=99).search
-    short = world.search(drop=drop, trials=99, frontier=False).search
+    whole = world.search(max_drop=drop, trials=99).search
+    short = world.search(max_drop=drop, trials=99, frontier=False).search
     assert short.best.plan == whole.best.plan
     assert len(short.rows) < len(whole.rows)
     least = 1.0
@@ -158,9 +158,9 @@ def test_plans_that_cannot_be_chosen_are_passed_over(world, drop):
 
 
 def test_what_saves_little_is_measured_while_nothing_keeps_the_budget(world, monkeypatch):
-    monkeypatch.setitem(known_cost.__globals__, "known_cost", lambda place, method, keep: 1.0 if keep < 0.5 else 0.97)
-    search = world.search(frontier=False, trials=99, keeps=(0.25, 0.125, 0.5)).search
-    assert {r.plan.keep for r in search.rows} == {0.5}  # the others save nothing at all
+    monkeypatch.setitem(known_cost.__globals__, "known_cost", lambda site, method, keep: 1.0 if keep < 0.5 else 0.97)
+    search = world.search(frontier=False, trials=99, keep_ratios=(0.25, 0.125, 0.5)).search
+    assert {r.plan.keep_ratio for r in search.rows} == {0.5}  # the others save nothing at all
     assert search.best.cost == 0.97
 
 
@@ -231,28 +231,30 @@ def test_what_surely_fails_is_given_up_after_a_few_samples(world):
 
 
 def test_a_limit_and_places_methods_and_keeps_that_are_asked_for(world):
-    search = world.search(limit=80, quick=20, places=["vision"], methods=["pool", "first"], keeps=[0.5, 0.25]).search
-    assert {(r.plan.place, r.plan.method, r.plan.keep) for r in search.rows} == {
+    search = world.search(
+        limit=80, quick=20, sites=["vision"], methods=["pool", "first"], keep_ratios=[0.5, 0.25]
+    ).search
+    assert {(r.plan.site, r.plan.method, r.plan.keep_ratio) for r in search.rows} == {
         ("vision", m, k) for m in ("pool", "first") for k in (0.5, 0.25)
     }
     assert {r.samples for r in search.rows} <= {20, 80}
     assert search.full.samples == 80
     both = world.search(
-        trials=4, places=["vision"], methods=["pool"], keeps=[0.5, 0.25], positions=["keep", "renumber"]
+        trials=4, sites=["vision"], methods=["pool"], keep_ratios=[0.5, 0.25], position_ids=["keep", "renumber"]
     )
-    assert {(r.plan.keep, r.plan.positions) for r in both.search.rows} == {
+    assert {(r.plan.keep_ratio, r.plan.position_ids) for r in both.search.rows} == {
         (k, p) for k in (0.5, 0.25) for p in ("keep", "renumber")
     }
-    with pytest.raises(ValueError, match=r"place 'attic' is not in this program; there are pixels, vision.1"):
-        world.search(places=["attic"])
+    with pytest.raises(ValueError, match=r"site 'attic' is not in this program; there are pixels, vision.1"):
+        world.search(sites=["attic"])
     with pytest.raises(ValueError, match="method 'magic' is not known; there are first, pool, merge, resize"):
         world.search(methods=["magic"])
-    with pytest.raises(ValueError, match="toy: there is no place"):
-        world.search(places=["pixels"], methods=["pool"])
+    with pytest.raises(ValueError, match="toy: there is no site"):
+        world.search(sites=["pixels"], methods=["pool"])
 
 
 def test_if_nothing_keeps_the_budget_nothing_is_compressed_and_the_report_says_so(world):
-    result = world.search(places=["pixels"], drop=0.01)
+    result = world.search(sites=["pixels"], max_drop=0.01)
     assert result.search.best is None
     assert "asked" not in result.program.info
     assert result.program.info.plan["passes"] == []
@@ -286,7 +288,7 @@ def test_measured_time_is_a_cost(world, monkeypatch):
         return times
 
     monkeypatch.setattr(searching, "first_token", clocked)
-    search = world.search(trials=99, drop=0.01, timed=True).search
+    search = world.search(trials=99, max_drop=0.01, timed=True).search
     rows = {tuple(r.plan)[:3]: r for r in search.rows}
     assert rows["vision", "merge", 0.5].cost == pytest.approx(2)
     assert rows["vision", "pool", 0.25].cost == pytest.approx(0.35)
@@ -295,7 +297,7 @@ def test_measured_time_is_a_cost(world, monkeypatch):
     assert search.cost == "time to the first token"
     assert search.text().count(" ms") == len(search.rows) + 1
     assert search.full.seconds == 1
-    quicker = world.search(trials=99, drop=0.01, timed=True, frontier=False).search
+    quicker = world.search(trials=99, max_drop=0.01, timed=True, frontier=False).search
     assert {r.plan for r in quicker.rows} == {r.plan for r in search.rows}  # FLOPs say nothing of what takes less time
 
 
@@ -339,8 +341,8 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     world.search(store=store, trials=2)
     before = store.read_bytes()
     for changes, differs in (
-        ({"drop": 0.02}, "settings"),
-        ({"keeps": (0.5,)}, "settings"),
+        ({"max_drop": 0.02}, "settings"),
+        ({"keep_ratios": (0.5,)}, "settings"),
         ({"seed": 5}, "settings"),
         ({"task": Task("letters", [*TASK.samples[:-1], Sample("other", [], ["x"])])}, "task"),
         ({"task": dataclasses.replace(TASK, score="contains")}, "task"),
@@ -475,17 +477,17 @@ def test_a_picture_is_drawn(found, tmp_path):
     ("given", "message"),
     [
         ({"task": "t.jsonl"}, "task is 't.jsonl', expected a mmopt.Task"),
-        ({"drop": -0.1}, "drop is -0.1"),
-        ({"drop": float("nan")}, "drop is nan"),
-        ({"drop": True}, "drop is True"),
+        ({"max_drop": -0.1}, "max_drop is -0.1"),
+        ({"max_drop": float("nan")}, "max_drop is nan"),
+        ({"max_drop": True}, "max_drop is True"),
         ({"limit": 0}, "limit is 0, expected a whole number of at least 1"),
         ({"quick": -1}, "quick is -1"),
         ({"trials": 0}, "trials is 0"),
         ({"seed": 1.5}, "seed is 1.5"),
-        ({"keeps": ()}, r"keeps is \(\), expected a list that is not empty"),
-        ({"keeps": (0.5, 1)}, "keeps holds 1, expected shares between 0 and 1"),
+        ({"keep_ratios": ()}, r"keep_ratios is \(\), expected a list that is not empty"),
+        ({"keep_ratios": (0.5, 1)}, "keep_ratios holds 1, expected shares between 0 and 1"),
         ({"methods": "pool"}, "methods is 'pool', expected a list"),
-        ({"positions": ["shuffle"]}, "positions holds 'shuffle', expected keep or renumber"),
+        ({"position_ids": ["shuffle"]}, "position_ids holds 'shuffle', expected keep or renumber"),
         ({"flow": 0.1}, "flow is 0.1, expected a mmopt.DriftBudget"),
     ],
 )
@@ -519,9 +521,9 @@ def test_plans_go_to_json_and_back(world, tmp_path):
         ({"name": "quantise"}, "pass 'quantise' is not known; there are compress_visual_tokens, reduce_flow_steps"),
         ({}, "pass None is not known"),
         (compression("vision", "magic", 0.5), "method 'magic' is not known; there are first, pool, merge, resize"),
-        (compression("attic", "pool", 0.5), "place 'attic' is not in this program; there are pixels, vision.1"),
+        (compression("attic", "pool", 0.5), "site 'attic' is not in this program; there are pixels, vision.1"),
         (compression("vision", "pool", 0.5) | {"speed": 3}, "compress_visual_tokens takes no speed"),
-        ({"name": "compress_visual_tokens", "place": "vision"}, "compress_visual_tokens lacks method, keep"),
+        ({"name": "compress_visual_tokens", "site": "vision"}, "compress_visual_tokens lacks method, keep_ratio"),
         ({"name": "reduce_flow_steps", "plan": {}}, "not a flow plan"),
     ],
 )
@@ -591,7 +593,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def searched(program, task):
-    given = {"keeps": [0.25], "methods": ["pool", "resize"], "places": ["vision.1", "pixels"]}
+    given = {"keep_ratios": [0.25], "methods": ["pool", "resize"], "sites": ["vision.1", "pixels"]}
     budget = QualityBudget(Task.load(task), 0.5, quick=3, trials=2, **given)
     return search_quality(program, budget, check=False)
 
@@ -637,7 +639,7 @@ def run_cli(arguments, capsys):
 def test_on_the_command_line(program, task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mmopt, "trace", lambda model, *sizes, **options: program)  # quick
     plan = Candidate("vision.1", "pool", 0.5)
-    monkeypatch.setattr(searching, "candidates", lambda budget, places: ([plan], []))
+    monkeypatch.setattr(searching, "candidates", lambda budget, sites: ([plan], []))
     checkpoint = EXAMPLES / "checkpoints/mplug-owl2-vqa"
     given = ["optimize", checkpoint, "--dtype", "float32", "--context", "64", "--no-check"]
     asked = [*given, "--quality", task, "--max-drop", "0.5", "--trials", "1", "--store", tmp_path / "trials.log"]

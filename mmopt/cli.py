@@ -483,7 +483,7 @@ def run(
     loaded = options.open(engine, output)
     request: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "beams": num_beams, "length_penalty": length_penalty,
+        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "num_beams": num_beams, "length_penalty": length_penalty,
         "prefix": None if prefix is None else loaded.load_prefix(prefix),
     }  # fmt: skip
     output.progress("answer")

@@ -67,9 +67,11 @@ class DebugEngine:
     decoder: Decoder
     encode: Callable[..., Tensor]
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Run:
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], pixel_values: np.ndarray | None = None, **fields: Any
+    ) -> Run:
         """RequestState all prompts at once, greedily; `fields` are the further ones of `IdsRequest`. EngineError for prompts or inputs that do not fit together."""
-        a = IdsRequest(prompts, **fields)
+        a = IdsRequest(prompts, pixel_values, **fields)
         info, decoder = self.info, self.decoder
         with _engine_errors():
             layout_prompts(prompts, info, a.max_new_tokens, a.images)

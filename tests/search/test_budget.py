@@ -28,6 +28,8 @@ from mmopt.search.plan import apply_plan, compression, flow_steps, make_plan, pa
 from mmopt.search.probe import exported, first_token
 from mmopt.search.result import MET, NOT_MET, UNSURE, Candidate, Row, Search, compared, verdict
 from mmopt.search.trials import Trials
+from mmopt.spec.flow_plan import FlowPlan
+from mmopt.spec.model_info import Flow, ModelInfo
 from mmopt.spec.schedule import Call
 from mmopt.spec.solvers import make_plan as make_flow_plan
 
@@ -61,6 +63,11 @@ def known_losses(site, method, keep):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyInfo(ModelInfo):
+    asked: tuple | None = None  # what the pass below was asked for
+
+
 class Toy(Pass):
     """Stands for compress_visual_tokens: notes what was asked for."""
 
@@ -91,18 +98,20 @@ class World:
     def __init__(self, patch):
         self.asked, self.made = {}, []
         names = [SimpleNamespace(name=k, rows=n) for k, n in PLACES.items()]
-        fake = SimpleNamespace(CompressVisualTokens=Toy, find_sites=lambda program: names)
-        patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
-        patch.setitem(sys.modules, "mmopt.pruning.methods", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
-        asked = lambda p: known_cost(*p.info.asked) if "asked" in p.info else 1  # noqa: E731
+        for module in ("mmopt.search.plan", "mmopt.search.probe"):
+            patch.setattr(f"{module}.CompressVisualTokens", Toy)
+        patch.setattr("mmopt.search.plan.find_sites", lambda program: names)
+        for module in ("mmopt.search.plan", "mmopt.search.budget"):
+            patch.setattr(f"{module}.METHODS", dict.fromkeys(METHODS))
+        asked = lambda p: known_cost(*p.info.asked) if p.info.asked else 1  # noqa: E731
         patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
-        patch.setattr(searching, "quality", self.quality)
+        patch.setattr(searching, "evaluate", self.quality)
         patch.setattr("mmopt.search.result.compare_scores", lambda a, b: mmopt.compare_scores(a, b, draws=300))  # quick
-        patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
-        self.program = Program({}, texts(), {}, {}, toy_info(context=9))
+        patch.setattr("mmopt.pipeline.why_unchecked", lambda program: "a toy")
+        self.program = Program({}, texts(), {}, {}, ToyInfo(**vars(toy_info(context=9))))
 
     def quality(self, runner, task):
-        plan = runner.info.get("asked")
+        plan = runner.info.asked
         wrong = max(0, known_losses(*plan)) if plan else 0
         self.asked[plan] = self.asked.get(plan, 0) + len(task.samples)
         lost = [int(s.id) * 7 % 400 < wrong for s in task.samples]
@@ -141,7 +150,7 @@ def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
     assert tuple(best.plan)[:3] == best_of_all(drop)
     assert (best.cost, best.verdict != NOT_MET) == (pytest.approx(known_cost(*best_of_all(drop))), True)
     assert result.program.info.asked == best_of_all(drop)
-    assert world.program.info == {"family": "toy", "context": 9}
+    assert world.program.info == ToyInfo(**vars(toy_info(context=9)))
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.01, 0.06])
@@ -256,7 +265,7 @@ def test_a_limit_and_places_methods_and_keeps_that_are_asked_for(world):
 def test_if_nothing_keeps_the_budget_nothing_is_compressed_and_the_report_says_so(world):
     result = world.search(sites=["pixels"], max_drop=0.01)
     assert result.search.best is None
-    assert "asked" not in result.program.info
+    assert result.program.info.asked is None
     assert result.program.info.plan["passes"] == []
     report = result.reports[-1]
     assert (report.name, report.rewrites) == ("budget", [])
@@ -282,7 +291,7 @@ def test_measured_time_is_a_cost(world, monkeypatch):
         drift = 1 + next(ask)  # the machine becomes slower and slower: only what is timed in turn can be compared
         times = []
         for r in runners:
-            plan = r.info.get("asked")
+            plan = r.info.asked
             slow = 1.0 if plan is None else 2.0 if plan[1] == "merge" else 0.1 + plan[2]
             times.append([drift * slow, drift * slow, 99.0 if r is runners[-1] else drift])
         return times
@@ -500,9 +509,16 @@ def test_a_budget_that_is_none_is_refused(given, message):
 FLOW = make_flow_plan("ab2", 4, 2.0).to_json()
 
 
+def generating(program):
+    """The program, as if it generated images by the plan FLOW."""
+    plan = FlowPlan.from_json(FLOW)
+    flow = Flow((1, 2, 2), 4, plan=plan, plans=(plan,))
+    schedules = program.schedules.replaced(image=[Call("decode_image")])
+    return dataclasses.replace(program, schedules=schedules, info=replace(program.info, flow=flow))
+
+
 def test_plans_go_to_json_and_back(world, tmp_path):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
-    painting.info = replace(painting.info, flow={"plan": FLOW, "plans": [FLOW]})
+    painting = generating(world.program)
     plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"drop": 0.01})
     save_plan(plan, tmp_path / "plan.json")
     (tmp_path / "program.json").write_text(json.dumps({"info": {"plan": plan}}))
@@ -528,7 +544,7 @@ def test_plans_go_to_json_and_back(world, tmp_path):
     ],
 )
 def test_steps_of_a_plan_that_are_not_known(world, step, message):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
+    painting = generating(world.program)
     with pytest.raises(ValueError, match=message):
         passes_of(make_plan([step]), painting)
 
@@ -536,9 +552,9 @@ def test_steps_of_a_plan_that_are_not_known(world, step, message):
 def test_files_that_hold_no_plan(world, tmp_path):
     for text, message in (
         ("{", "Expecting"),
-        ("[1]", "not a plan: expected an object with format 'mmopt-plan-1', found 'list'"),
+        ("[1]", "not a plan: expected an object of schema 2, found 'list'"),
         ("{}", "found None"),
-        ('{"format": "mmopt-plan-1", "passes": 3}', "its passes are 3, expected a list"),
+        ('{"schema": 2, "passes": 3}', "its passes are 3, expected a list"),
         ('{"info": {}}', "this engine was made without a plan"),
         ('{"info": {"plan": 3}}', "found 'int'"),
     ):
@@ -560,7 +576,7 @@ def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     drift = DriftBudget(mean=0.1)
     with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy generates no images"):
         world.search(flow=drift)
-    world.program = dataclasses.replace(world.program, painting=(Call("paint"),))
+    world.program = generating(world.program)
     with pytest.raises(ValueError, match="a budget of drift needs prompts"):
         world.search(flow=drift)
     result = search_quality(world.program, world.budget(flow=drift, trials=3), [], prompts=["a cat"])

@@ -1,10 +1,10 @@
-# make demo and make test work on a fresh machine: they make a virtual environment and install what they need.
+# make demo, test and docs work on a fresh machine: they make a virtual environment and install what they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # torch is pinned here only: an open range may pull a build for another device of several gigabytes.
 $(STAMP): pyproject.toml
@@ -27,5 +27,8 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+docs: $(STAMP)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) build docs/_build dist out *.egg-info

@@ -111,7 +111,7 @@ class Packed:
     def __init__(self, model: nn.Module):
         c = model.config
         self.model, self.heads, self.layers = model, c.num_attention_heads, c.num_hidden_layers
-        self.prefix = prefix = 2 + c.rows_per_image
+        self.prefix = prefix = 2 + c.tokens_per_image
         block = torch.cat([torch.full((prefix,), -1), torch.arange(QUESTIONS).repeat_interleave(BLOCK)])
         seen = (block[None] == -1) | (block[None] == block[:, None])
         self.mask = seen & torch.ones_like(seen).tril()

@@ -113,7 +113,7 @@ def spread(keys: Sequence[Any], items: Sequence[Any]) -> list[Any]:
 
 def blind(program: mmopt.Program, task: Task) -> Task:
     """The same questions about grey pictures: of the mean colour that the model's image processor subtracts."""
-    mean = np.array(program.info["processing"]["image"]["mean"])
+    mean = np.array(program.info.processing.image["mean"])
     grey = np.full((32, 32, 3), np.round(255 * mean), np.uint8)
     return Task(task.name, [replace(s, images=[grey] * len(s.images)) for s in task.samples], task.score)
 
@@ -134,9 +134,9 @@ def first(task: Task, limit: int | None) -> Task:
 def measure(runner: mmopt.Program | mmopt.Engine, task: Task, limit: int | None = None) -> Score:
     """Score of the first `limit` samples of a task, by way of an engine: ten times as fast as a Program on its own."""
     if isinstance(runner, mmopt.Engine):
-        return mmopt.quality(runner, first(task, limit))
+        return mmopt.evaluate(runner, first(task, limit))
     with tempfile.TemporaryDirectory() as directory:
-        return mmopt.quality(engine_of(runner, Path(directory, "engine")), first(task, limit))
+        return mmopt.evaluate(engine_of(runner, Path(directory, "engine")), first(task, limit))
 
 
 def main() -> None:

@@ -160,7 +160,10 @@ class Emitter:
             if n.op == "call_function" and not n.meta["const"]:
                 self.current = n
                 if n.target not in self.rules:
-                    raise self.error("this operator has no ONNX spelling for this target")
+                    raise self.error(
+                        "this operator has no ONNX spelling for this target: it has no entry in exporters/lower.py or "
+                        "the table of the target"
+                    )
                 self.values[n] = self.rules[n.target](self, n)
         self.current = None
         outputs = self._name_outputs()

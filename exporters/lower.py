@@ -203,16 +203,13 @@ def rotary(e: Emitter, n: Node) -> str:
     return e.op("RotaryEmbedding", e.value(x), e.operand(cos, e.dtype(n)), e.operand(sin, e.dtype(n)), num_heads=heads)
 
 
-def scale_of(q: Any, heads: Any, scale: Any) -> float:
-    return float(scale) if scale is not None else (int(shape_of(q)[-1]) // heads) ** -0.5
-
-
 def masked_attention(e: Emitter, n: Node) -> str:
     """Attention of ``[B, heads, rows, d]`` with a mask of its own, left as traced."""
     q, k, v, mask, _, causal, scale, _ = arguments(n, 3, None, 0.0, False, None, False)
     if causal or mask is None:
         raise e.error("attention left as traced needs a mask and no causality")
-    return e.op("Attention", *(e.value(x) for x in (q, k, v, mask)), scale=scale_of(q, 1, scale))
+    scale = int(shape_of(q)[-1]) ** -0.5 if scale is None else float(scale)
+    return e.op("Attention", *(e.value(x) for x in (q, k, v, mask)), scale=scale)
 
 
 def clamp(e: Emitter, n: Node) -> str:

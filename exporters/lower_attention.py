@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from mmopt.exporters.emit import Emitter, Rule
-from mmopt.exporters.lower import arguments, scale_of
+from mmopt.ir.attention_args import Attention, CachedAttention, CrossAttention, SegmentAttention, softmax_scale
 from mmopt.ir.graph import Size, shape_of
 
 
-def attention_args(n: Node) -> tuple[Any, ...]:
-    """q, k, v, heads, kv_heads, key_mask, causal, scale."""
-    q, k, v, heads, kv_heads, key_mask, causal, scale = arguments(n, 5, None, False, None)
-    return q, k, v, heads, kv_heads, key_mask, causal, scale_of(q, heads, scale)
-
-
-def cached_attention_args(n: Node) -> tuple[Any, ...]:
-    """q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, mask = arguments(n, 8, None, None, None)
-    return q, k, v, key_cache, value_cache, past, heads, kv_heads, scale_of(q, heads, scale), slopes, mask
-
-
-def attention_mask(e: Emitter, q: Node, k: Node, key_mask: Node | None, causal: bool) -> str | None:
+def attention_mask(e: Emitter, a: Attention) -> str | None:
     """The mask of attention without a cache, [1 or B, 1, rows or 1, keys], True where a key is seen."""
-    mask = None if key_mask is None else e.op("Unsqueeze", e.value(key_mask), e.ints([1, 2]))
-    if causal:  # aligned lower right: query i sees key j when j <= i + keys - rows
-        rows, keys = shape_of(q)[1], shape_of(k)[1]
+    mask = None if a.key_mask is None else e.op("Unsqueeze", e.value(a.key_mask), e.ints([1, 2]))
+    if a.causal:  # aligned lower right: query i sees key j when j <= i + keys - rows
+        rows, keys = shape_of(a.q)[1], shape_of(a.k)[1]
         last = e.op("Range", e.scalar(keys - rows), e.scalar(keys), e.scalar(1))
         seen = e.op("Range", e.scalar(0), e.scalar(keys), e.scalar(1))
         lower = e.op("LessOrEqual", seen, e.op("Reshape", last, e.ints([1, 1, -1, 1])))
@@ -74,7 +61,8 @@ def cross_attention(attend: Callable[..., str]) -> Rule:
     """All rows over all blocks with a dense mask. `attend(e, q, k, v, heads, kv_heads, mask, scale)` on flat rows."""
 
     def rule(e: Emitter, n: Node) -> str:
-        q, k, v, seen, attends, heads, kv_heads, scale = arguments(n, 7, None)
+        a = CrossAttention.of(n)
+        q, k, v, seen = a.q, a.k, a.v, a.seen
         kind, rows = e.dtype(q), int(shape_of(k)[2])
         sees = e.op("ReduceMax", e.cast(e.value(seen), torch.bool, torch.int32), e.ints([-1]), keepdims=1)
         none = e.op("Equal", sees, e.number(0, torch.int32))  # sees no block: all keys weigh the same
@@ -84,8 +72,8 @@ def cross_attention(attend: Callable[..., str]) -> Rule:
         plain = e.op("Mul", e.value(q), e.cast(e.op("Not", none), torch.bool, kind))
         keys, values = (e.op("Reshape", e.value(x), e.ints([0, -1, int(shape_of(x)[3])])) for x in (k, v))
         width = int(shape_of(q)[-1])
-        out = attend(e, plain, keys, values, heads, kv_heads, mask, scale_of(q, heads, scale), width)
-        return e.op("Mul", out, e.cast(e.op("Unsqueeze", e.value(attends), e.ints([2])), torch.bool, kind))
+        out = attend(e, plain, keys, values, a.heads, a.kv_heads, mask, softmax_scale(a), width)
+        return e.op("Mul", out, e.cast(e.op("Unsqueeze", e.value(a.attends), e.ints([2])), torch.bool, kind))
 
     return rule
 
@@ -94,35 +82,35 @@ def segment_attention(attend: Callable[..., str]) -> Rule:
     """Rows gathered into segments, attention over the keys of each, rows gathered back; a row of zeros for the rest."""
 
     def rule(e: Emitter, n: Node) -> str:
-        q, k, v, segment_rows, row_segments, heads, kv_heads, mask, scale = arguments(n, 7, None, None)
-        width = int(shape_of(q)[-1])
-        parts = e.op("Gather", e.op("Reshape", e.value(q), e.ints([-1, width])), e.value(segment_rows))
-        keys = None if mask is None else e.op("Unsqueeze", e.value(mask), e.ints([1, 2]))
-        out = attend(e, parts, e.value(k), e.value(v), heads, kv_heads, keys, scale_of(q, heads, scale), width)
+        a = SegmentAttention.of(n)
+        width = int(shape_of(a.q)[-1])
+        parts = e.op("Gather", e.op("Reshape", e.value(a.q), e.ints([-1, width])), e.value(a.segment_rows))
+        mask = None if a.key_mask is None else e.op("Unsqueeze", e.value(a.key_mask), e.ints([1, 2]))
+        out = attend(e, parts, e.value(a.k), e.value(a.v), a.heads, a.kv_heads, mask, softmax_scale(a), width)
         zeros = e.constant(torch.zeros(1, width, dtype=e.dtype(n)))
         places = e.op("Concat", e.op("Reshape", out, e.ints([-1, width])), zeros, axis=0)
-        return e.op("Gather", places, e.value(row_segments))
+        return e.op("Gather", places, e.value(a.row_segments))
 
     return rule
 
 
 def scattered_attention(e: Emitter, n: Node) -> tuple:
     """Attention with a cache in standard operators: rows into the caches, then over the whole capacity with a mask."""
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask = cached_attention_args(n)
+    a = CachedAttention.of(n)
     keys, values = (
-        e.op("TensorScatter", e.value(cache), heads_of(e, x, kv_heads), e.value(past), axis=-2)
-        for cache, x in ((key_cache, k), (value_cache, v))
+        e.op("TensorScatter", e.value(cache), heads_of(e, x, a.kv_heads), e.value(a.past), axis=-2)
+        for cache, x in ((a.key_cache, a.k), (a.value_cache, a.v))
     )
     kind, at, slots = (
-        e.dtype(q),
-        positions(e, past, shape_of(q)[1]),
-        e.constant(torch.arange(int(shape_of(key_cache)[2]))),
+        e.dtype(a.q),
+        positions(e, a.past, shape_of(a.q)[1]),
+        e.constant(torch.arange(int(shape_of(a.key_cache)[2]))),
     )
     mask = e.op("LessOrEqual", slots, at)  # [B, 1, rows, capacity]
-    if key_mask is not None:  # a slot that is hidden is seen by its own row alone
-        shown = e.op("Unsqueeze", e.value(key_mask), e.ints([1, 2]))
+    if a.key_mask is not None:  # a slot that is hidden is seen by its own row alone
+        shown = e.op("Unsqueeze", e.value(a.key_mask), e.ints([1, 2]))
         mask = e.op("And", mask, e.op("Or", shown, e.op("Equal", slots, at)))
-    if slopes is not None:
-        mask = e.op("Where", mask, alibi(e, slopes, slots, at, kind), e.number(torch.finfo(kind).min, kind))
-    out = e.op("Attention", heads_of(e, q, heads), keys, values, mask, scale=scale)
-    return flat(e, out, int(shape_of(q)[-1])), keys, values
+    if a.slopes is not None:
+        mask = e.op("Where", mask, alibi(e, a.slopes, slots, at, kind), e.number(torch.finfo(kind).min, kind))
+    out = e.op("Attention", heads_of(e, a.q, a.heads), keys, values, mask, scale=softmax_scale(a))
+    return flat(e, out, int(shape_of(a.q)[-1])), keys, values

@@ -20,15 +20,14 @@ from mmopt.exporters.emit import CONTRIB, Emitter, Rule
 from mmopt.exporters.lower import PLAIN
 from mmopt.exporters.lower_attention import (
     alibi,
-    attention_args,
     attention_mask,
-    cached_attention_args,
     cross_attention,
     for_each_query,
     positions,
     scattered_attention,
     segment_attention,
 )
+from mmopt.ir.attention_args import Attention, CachedAttention, softmax_scale
 from mmopt.ir.graph import ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, LINEAR, MUL, SEGMENT_ATTENTION, aten, shape_of
 
 
@@ -39,29 +38,29 @@ def cached_attention(e: Emitter, n: Node) -> tuple:
     empty cache, at any batch. Heads must be a multiple of 8 wide, and nothing but causality may hide a slot; else it is
     the standard operators.
     """
-    q, k, v, key_cache, value_cache, past, heads, kv_heads, scale, slopes, key_mask = cached_attention_args(n)
-    if int(shape_of(q)[-1]) // heads % 8 or key_mask is not None:
+    a = CachedAttention.of(n)
+    if int(shape_of(a.q)[-1]) // a.heads % 8 or a.key_mask is not None:
         return scattered_attention(e, n)
     e.one_sample = True
-    rows = shape_of(q)[1]
-    if rows != shape_of(k)[1]:
-        raise e.error(f"attention with a cache needs as many query rows as key rows, found {rows} and {shape_of(k)[1]}")
-    total = e.op("Add", e.value(past), e.size(rows))  # filled slots of each sample, the new rows included
+    rows, keys = shape_of(a.q)[1], shape_of(a.k)[1]
+    if rows != keys:
+        raise e.error(f"attention with a cache needs as many query rows as key rows, found {rows} and {keys}")
+    total = e.op("Add", e.value(a.past), e.size(rows))  # filled slots of each sample, the new rows included
     last = e.cast(e.op("Sub", total, e.ints([1])), torch.int64, torch.int32)
     longest = e.cast(e.op("ReduceMax", total, keepdims=0), torch.int64, torch.int32)
-    ins = [e.value(x) for x in (q, k, v, key_cache, value_cache)]
+    ins = [e.value(x) for x in (a.q, a.k, a.v, a.key_cache, a.value_cache)]
     more: list[str] = []
-    if slopes is not None:
+    if a.slopes is not None:
         slots = e.op("Range", e.scalar(0), e.op("ReduceMax", total, keepdims=0), e.scalar(1))
-        more = ["", "", "", alibi(e, slopes, slots, positions(e, past, rows), e.dtype(q))]
-    sizes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "do_rotary": 0}
+        more = ["", "", "", alibi(e, a.slopes, slots, positions(e, a.past, rows), e.dtype(a.q))]
+    sizes = {"num_heads": a.heads, "kv_num_heads": a.kv_heads, "scale": softmax_scale(a), "do_rotary": 0}
     return e.op("GroupQueryAttention", *ins, last, longest, *more, outputs=3, domain=CONTRIB, **sizes)
 
 
 def attention(e: Emitter, n: Node) -> str:
-    q, k, v, heads, kv_heads, key_mask, causal, scale = attention_args(n)
-    mask = attention_mask(e, q, k, key_mask, causal)
-    return attend(e, e.value(q), e.value(k), e.value(v), heads, kv_heads, mask, scale)
+    a = Attention.of(n)
+    mask = attention_mask(e, a)
+    return attend(e, e.value(a.q), e.value(a.k), e.value(a.v), a.heads, a.kv_heads, mask, softmax_scale(a))
 
 
 def attend(

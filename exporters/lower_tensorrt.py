@@ -13,7 +13,6 @@ from torch.fx import Node
 from mmopt.exporters.emit import Emitter, Rule
 from mmopt.exporters.lower import PLAIN
 from mmopt.exporters.lower_attention import (
-    attention_args,
     attention_mask,
     cross_attention,
     flat,
@@ -22,6 +21,7 @@ from mmopt.exporters.lower_attention import (
     scattered_attention,
     segment_attention,
 )
+from mmopt.ir.attention_args import Attention, softmax_scale
 from mmopt.ir.graph import (
     ATTENTION,
     CACHED_ATTENTION,
@@ -35,9 +35,9 @@ from mmopt.ir.graph import (
 
 
 def attention(e: Emitter, n: Node) -> str:
-    q, k, v, heads, kv_heads, key_mask, causal, scale = attention_args(n)
-    mask = attention_mask(e, q, k, key_mask, causal)
-    return attend(e, e.value(q), e.value(k), e.value(v), heads, kv_heads, mask, scale, int(shape_of(q)[-1]))
+    a = Attention.of(n)
+    mask, width = attention_mask(e, a), int(shape_of(a.q)[-1])
+    return attend(e, e.value(a.q), e.value(a.k), e.value(a.v), a.heads, a.kv_heads, mask, softmax_scale(a), width)
 
 
 def attend(

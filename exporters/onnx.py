@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ from mmopt.exporters import lower_onnxruntime, lower_tensorrt
 from mmopt.exporters.compare import compare_with_program, why_not_compared
 from mmopt.exporters.emit import Emitter, ExportError, output_name, plain_shape
 from mmopt.exporters.tensorrt import MISSING, MOST_BYTES_TO_BUILD, GateError, available, check_stages
-from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256, weight_bytes
+from mmopt.exporters.weights import FILE, Progress, Weights, bring, file_sha256
 from mmopt.ir.graph import shape_of
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.processing.tokenizer import _tokenizer
+from mmopt.processing.tokenizer import write_tokenizer
 from mmopt.spec.dtypes import MODEL_DTYPES
-from mmopt.spec.schedule import to_json
-
-SCHEMA = 1
+from mmopt.spec.manifest import Checked, Manifest, PassInfo, StageInfo, TensorInfo, WeightFile
+from mmopt.spec.typed_json import from_json
 
 TARGETS = {"onnx": lower_onnxruntime.RULES, "tensorrt": lower_tensorrt.RULES}  # -> how operators are spelt
 
@@ -75,16 +75,17 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        facts, linked = _write(partial, program, target, kind, weights, tell)
-        facts["reports"] = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in reports]
+        manifest, linked = _write(partial, program, target, kind, weights, tell)
+        given = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in reports]
+        manifest = replace(manifest, reports=tuple(from_json(PassInfo, r, "reports") for r in given))
         if check:
-            _check(partial, facts, linked, tell)
+            _check(partial, manifest, linked, tell)
         for file, source in linked.items():
             bring(source, partial / file)
-        facts["checked"] = _compare(partial, program, facts, tell) if check else {}
+        checked = _compare(partial, program, manifest, tell) if check else Checked()
         if target == "tensorrt":
-            facts["checked"]["tensorrt"] = _gate(partial, facts, tell) if gate else "not asked for"
-        _save(partial, facts)
+            checked = replace(checked, tensorrt=_gate(partial, manifest, tell) if gate else "not asked for")
+        replace(manifest, checked=checked).save(partial)
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +94,7 @@ def export(
 
 def _dtype(program: Program, target: str, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
-        return torch.float32 if target == "onnx" else program.info["torch_dtype"]
+        return torch.float32 if target == "onnx" else program.dtype
     name = MODEL_DTYPES.get(str(dtype).removeprefix("torch."))
     if name is None:
         raise ExportError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
@@ -123,7 +124,7 @@ def _replace(partial: Path, out: Path) -> None:
 
 def _write(
     directory: Path, program: Program, target: str, dtype: torch.dtype, weights: str, tell: Progress
-) -> tuple[dict[str, Any], dict[str, Path]]:
+) -> tuple[Manifest, dict[str, Path]]:
     """Graphs, weights and tokenizer; returns what program.json says of them, and the files still to be linked."""
     store = Weights(program, dtype)
     stages = {name: s for name, s in program.stages.items() if not set(s.outputs) <= HOST_VALUES}
@@ -134,7 +135,7 @@ def _write(
         protos[name] = emitters[name].run()
     external = [i for p in protos.values() for i in p.graph.initializer if i.data_location == i.EXTERNAL]
     store.keep({i.name for i in external})
-    checkpoint = program.info.get("directory")
+    checkpoint = program.source.directory
     linked = {}
     if weights == "link" and checkpoint:
         tell("comparing with the checkpoint's weights")
@@ -146,82 +147,70 @@ def _write(
     for name, proto in protos.items():
         data = proto.SerializeToString()
         (directory / f"{name}.onnx").write_bytes(data)
-        listed[name] = _describe(name, stages[name], store, hashlib.sha256(data).hexdigest())
-        if emitters[name].one_sample:  # several rows on a cache that is not empty: sample by sample
-            listed[name]["one_sample"] = True
-    files = store.write(directory / FILE, header, tell)
-    if linked:
-        files["linked"] = [{"file": f, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for f, p in linked.items()]
-    left_out = ("torch_dtype", "dtype", "processing", "directory", "tokenizer")
-    facts = {
-        "schema": SCHEMA,
-        "mmopt": _version("mmopt"),
-        "versions": {p: _version(p) for p in ("torch", "onnx", "onnxruntime")},
-        "target": target,
-        "dtype": _name(dtype),
-        "info": {k: v for k, v in program.info.items() if k not in left_out},
-        "stages": listed,
-        "schedule": [to_json(i) for i in program.schedule],
-        "painting": [to_json(i) for i in program.painting],
-        "state": {
-            k: {"shape": list(shape), "dtype": _name(store.exported(d))} for k, (shape, d) in program.state.items()
-        },
-        "weights": files,
-        "processing": {**program.info.get("processing", {}), "tokenizer": _tokenizer(program.info, directory)},
-    }
-    return facts, linked
+        digest = hashlib.sha256(data).hexdigest()
+        listed[name] = _describe(name, stages[name], store, digest, emitters[name].one_sample)
+    files = [store.write(directory / FILE, header, tell)]
+    files += [WeightFile(f, p.stat().st_size, file_sha256(p)) for f, p in linked.items()]
+    manifest = Manifest(
+        mmopt=_version("mmopt"),
+        versions={p: _version(p) for p in ("torch", "onnx", "onnxruntime")},
+        target=target,
+        dtype=_name(dtype),
+        info=program.info,
+        stages=listed,
+        schedules=program.schedules,
+        state={k: TensorInfo(tuple(shape), _name(store.exported(d))) for k, (shape, d) in program.state.items()},
+        weights=tuple(files),
+        tokenizer=write_tokenizer(program.source.directory, program.source.tokenizer, directory),
+    )
+    return manifest, linked
 
 
-def _describe(name: str, stage: Stage, store: Weights, digest: str) -> dict[str, Any]:
-    def value(k: str, node: Any) -> dict[str, Any]:
-        return {"shape": plain_shape(shape_of(node)), "dtype": _name(store.at_border(k, node.meta["dtype"]))}
+def _describe(name: str, stage: Stage, store: Weights, digest: str, one_sample: bool) -> StageInfo:
+    """one_sample: several tokens on a cache that is not empty go through it sample by sample."""
 
-    outputs = {}
-    for k, node in stage.output_nodes().items():
-        outputs[k] = value(k, node)
-        if output_name(stage, k) != k:
-            outputs[k]["onnx"] = output_name(stage, k)
+    def value(k: str, node: Any, onnx: str | None = None) -> TensorInfo:
+        return TensorInfo(tuple(plain_shape(shape_of(node))), _name(store.at_border(k, node.meta["dtype"])), onnx)
+
     inputs = {k: value(k, node) for k, node in stage.input_nodes().items()}
-    return {"file": f"{name}.onnx", "sha256": digest, "inputs": inputs, "outputs": outputs}
+    names = {k: output_name(stage, k) for k in stage.outputs}
+    outputs = {k: value(k, node, names[k] if names[k] != k else None) for k, node in stage.output_nodes().items()}
+    return StageInfo(f"{name}.onnx", digest, inputs, outputs, one_sample)
 
 
-def _check(directory: Path, facts: dict[str, Any], linked: dict[str, Path], tell: Progress) -> None:
+def _check(directory: Path, manifest: Manifest, linked: dict[str, Path], tell: Progress) -> None:
     """The ONNX checker, which refuses hard links: empty files of the right size stand in for those to be linked."""
     for file, source in linked.items():
         with open(directory / file, "wb") as f:
             f.truncate(source.stat().st_size)
-    for stage in facts["stages"].values():
-        tell(f"checking {stage['file']}")
+    for stage in manifest.stages.values():
+        tell(f"checking {stage.file}")
         try:
-            onnx.checker.check_model(str(directory / stage["file"]))
+            onnx.checker.check_model(str(directory / stage.file))
         except onnx.checker.ValidationError as e:
-            raise ExportError(f"{stage['file']}: the ONNX checker refuses it: {e}") from e
+            raise ExportError(f"{stage.file}: the ONNX checker refuses it: {e}") from e
     for file in linked:
         (directory / file).unlink()
 
 
-def _compare(directory: Path, program: Program, facts: dict[str, Any], tell: Progress) -> dict[str, str]:
-    skipped = why_not_compared(program, facts)
+def _compare(directory: Path, program: Program, manifest: Manifest, tell: Progress) -> Checked:
+    skipped = why_not_compared(program, manifest)
     if skipped is None:
         tell("comparing with the program")
-        found = compare_with_program(directory, program, facts)
+        found = compare_with_program(directory, program, manifest)
         if found is not None:
             raise ExportError(f"the graphs do not give what the Program gives: {found}")
-    return {"onnx": "passed", "program": f"not compared: {skipped}" if skipped else "equal"}
+    return Checked("passed", f"not compared: {skipped}" if skipped else "equal")
 
 
-def _gate(directory: Path, facts: dict[str, Any], tell: Progress) -> str:
+def _gate(directory: Path, manifest: Manifest, tell: Progress) -> str:
     if not available():
         return f"not checked: {MISSING}"
-    build = weight_bytes(facts) <= MOST_BYTES_TO_BUILD
-    findings = check_stages(directory, facts, build, tell)
+    build = manifest.weight_bytes <= MOST_BYTES_TO_BUILD
+    findings = check_stages(directory, manifest, build, tell)
     if findings:
         raise GateError(findings)
     return "parsed and built" if build else "parsed, too large to build here"
-
-
-def _save(directory: Path, facts: dict[str, Any]) -> None:
-    (directory / "program.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,14 +6,15 @@ TensorRT for RTX is an extra (``pip install 'mmopt[tensorrt]'``); it is imported
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt.spec.prompt import LEFT_OUT
+from mmopt.spec.manifest import Manifest, StageInfo, TensorInfo, read_directory
+from mmopt.spec.model_info import ModelInfo
+from mmopt.spec.prompt import POSITION_DELTAS
 
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MOST_FRAMES = 8  # of a video, where the model sets no limit
@@ -52,77 +53,77 @@ def check_engine(directory: str | Path, build: bool = True) -> list[Finding]:
     Raises ImportError without TensorRT for RTX.
     """
     directory = Path(directory)
-    return check_stages(directory, json.loads((directory / "program.json").read_text(encoding="utf-8")), build)
+    return check_stages(directory, read_directory(directory), build)
 
 
 def check_stages(
-    directory: Path, facts: dict[str, Any], build: bool = True, tell: Callable[[str], None] = lambda text: None
+    directory: Path, manifest: Manifest, build: bool = True, tell: Callable[[str], None] = lambda text: None
 ) -> list[Finding]:
-    """As `check_engine`; `facts` is what program.json holds or will hold."""
+    """As `check_engine`; `manifest` is what program.json holds or will hold."""
     try:
         import tensorrt_rtx as trt
     except ImportError as e:
         raise ImportError(MISSING) from e
     findings = []
-    for name, stage in facts["stages"].items():
+    for name, stage in manifest.stages.items():
         tell(f"TensorRT: parsing and building {name}")
-        shapes = profiles(stage["inputs"], facts["info"])
-        findings += _check_stage(trt, directory / stage["file"], name, stage, shapes, build)
+        shapes = profiles(stage.inputs, manifest.info)
+        findings += _check_stage(trt, directory / stage.file, name, stage, shapes, build)
     return findings
 
 
-def profiles(inputs: dict[str, Any], info: dict[str, Any]) -> list[dict[str, list[tuple[int, ...]]]]:
+def profiles(inputs: Mapping[str, TensorInfo], info: ModelInfo) -> list[dict[str, list[tuple[int, ...]]]]:
     """Optimization profiles of a stage: input -> its least, usual and largest shape.
 
     A stage with a cache, whose rows together must not exceed its capacity, gets three: a prompt with images, one of
     text alone (one sample each), and decode (one row of each sample). Where images lie outside the text there is one
     kind of prompt.
     """
-    batch, context, images = info["batch"], info["context"], max(1, info["images"]) * info["batch"]
-    visual = min(info["images"] * info["rows_per_image"], context - 1)
+    batch, context, images = info.batch, info.context, max(1, info.images) * info.batch
+    visual = min(info.images * info.tokens_per_image, context - 1)
     one, none = (1, 1, 1), (0, 0, 0)
 
     def text(most: int) -> tuple[int, int, int]:
         return 1, min(64, most), most
 
-    cross = info.get("cross")
+    cross = info.cross
     if cross:
-        blocks, keys = max(1, info["images"]) * cross["blocks"], cross["rows"]
+        blocks, keys = max(1, info.images) * cross.tiles, cross.tokens
         # A segment for each image, for text before all and for markers without one, cut where that costs less: see
         # `mmopt.spec.cross_mask.segments`.
-        most = min(context, -(-(info["images"] + 2) * (context + keys) // (keys + 1)))
-        ranges = [{"nb": (1, cross["blocks"], blocks), "K": (keys, keys * cross["blocks"], keys * blocks)}]
+        most = min(context, -(-(info.images + 2) * (context + keys) // (keys + 1)))
+        ranges = [{"nb": (1, cross.tiles, blocks), "K": (keys, keys * cross.tiles, keys * blocks)}]
         if "past" in inputs:
             prompt = {"B": one, "nt": text(context), "S": (1, min(2, most), most), "L": text(context)}
             decode = {"B": (1, batch, batch), "nt": one, "S": (1, batch, batch), "L": one}
             ranges = [ranges[0] | prompt, ranges[0] | decode]
         else:
-            frames = info.get("max_frames") or MOST_FRAMES
+            frames = info.max_frames or MOST_FRAMES
             ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
         painted = []  # not by a stage that is told of rows of images left out: painting then has one of its own
-        if (flow := info.get("flow")) and not set(LEFT_OUT) & set(inputs) and (before := context - flow["rows"]) > 1:
+        if (flow := info.flow) and not set(POSITION_DELTAS) & set(inputs) and (before := context - flow.tokens) > 1:
             # A prompt of all samples, and an image after the row that tells the time (and the prompt, if fed with it).
-            both, rows = (1, 2 * batch, 2 * batch), (flow["rows"],) * 3
+            both, rows = (1, 2 * batch, 2 * batch), (flow.tokens,) * 3
             painted = [{"B": both, "nv": none, "nt": text(before - 1)}, {"B": both, "nv": (1, 1, before), "nt": rows}]
         ranges = [
             *painted,
-            {"B": one, "nv": (0, min(info["rows_per_image"], visual), visual), "nt": text(context - visual)},
+            {"B": one, "nv": (0, min(info.tokens_per_image, visual), visual), "nt": text(context - visual)},
             {"B": one, "nv": none, "nt": text(context)},
             {"B": (1, batch, batch), "nv": none, "nt": one},
         ]
     else:
-        if info.get("flow"):  # both halves of the guidance, or a table of all steps at once
+        if info.flow:  # both halves of the guidance, or a table of all steps at once
             batch = 2 * batch if {"latents", "hidden", "ids"} & set(inputs) else MOST_STEPS
         ranges = [{"B": (1, 1, batch), "n": text(context), "N": (1, 1, images), "nt": text(context)}]
 
     def shape(sizes: Iterable[int | str], which: int, r: dict[str, tuple[int, int, int]]) -> tuple[int, ...]:
         return tuple(s if isinstance(s, int) else r[s][which] for s in sizes)
 
-    return [{name: [shape(x["shape"], i, r) for i in range(3)] for name, x in inputs.items()} for r in ranges]
+    return [{name: [shape(x.shape, i, r) for i in range(3)] for name, x in inputs.items()} for r in ranges]
 
 
-def _check_stage(trt: Any, path: Path, name: str, stage: dict, shapes: list, build: bool) -> list[Finding]:
+def _check_stage(trt: Any, path: Path, name: str, stage: StageInfo, shapes: list, build: bool) -> list[Finding]:
     said: list[str] = []
 
     class Log(trt.ILogger):
@@ -151,7 +152,7 @@ def _check_stage(trt: Any, path: Path, name: str, stage: dict, shapes: list, bui
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM80, 0)
-    if any(isinstance(s, str) for x in stage["inputs"].values() for s in x["shape"]):
+    if any(isinstance(s, str) for x in stage.inputs.values() for s in x.shape):
         for wanted in shapes:
             profile = builder.create_optimization_profile()
             for input_name, (least, usual, largest) in wanted.items():

@@ -28,6 +28,7 @@ from mmopt.ir.printer import op_name
 from mmopt.ir.program import Program
 from mmopt.ir.stage import evaluate
 from mmopt.spec.dtypes import DTYPES
+from mmopt.spec.manifest import WeightFile
 
 ONNX_TYPE = {getattr(torch, name): d.onnx for name, d in DTYPES.items()}
 SAFETENSORS_TYPE = {getattr(torch, name): d.safetensors for name, d in DTYPES.items()}
@@ -70,16 +71,16 @@ class Weights:
     def exported(self, dtype: torch.dtype, stage: str | None = None) -> torch.dtype:
         """The dtype in the bundle of a value that has `dtype` in the program.
 
-        Stages that ``info["full_precision_stages"]`` names for the dtype of the bundle are in float32.
+        Stages that ``info.full_precision_stages`` names for the dtype of the bundle are in float32.
         """
-        if dtype != self.program.info["torch_dtype"]:
+        if dtype != self.program.dtype:
             return dtype
-        full = self.program.info.get("full_precision_stages", {}).get(str(self.dtype).removeprefix("torch."), ())
+        full = self.program.info.full_precision_stages.get(str(self.dtype).removeprefix("torch."), ())
         return torch.float32 if stage in full else self.dtype
 
     def at_border(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of an input or output of a stage; what ``info["full_precision_values"]`` names keeps its own."""
-        return dtype if name in self.program.info.get("full_precision_values", ()) else self.exported(dtype)
+        """The dtype of an input or output of a stage; what ``info.full_precision_values`` names keeps its own."""
+        return dtype if name in self.program.info.full_precision_values else self.exported(dtype)
 
     def names(self) -> list[str]:
         return list(self.constants)
@@ -132,14 +133,14 @@ class Weights:
                 if n not in seen:
                     seen.add(n)
                     order.append(n)
-        half = self.program.info["torch_dtype"] in (torch.float16, torch.bfloat16)
+        half = self.program.dtype in (torch.float16, torch.bfloat16)
         widen = half and any(n.op == "call_function" and n.target not in MOVES for n in order)
         last = {a: n for n in order for a in n.all_input_nodes}
         env: dict[Node, Any] = {}
         with torch.inference_mode():
             for n in order:
                 made = self._weight(n) if n.op == "get_attr" else evaluate(n, env, {})
-                env[n] = made.float() if widen and made.dtype == self.program.info["torch_dtype"] else made
+                env[n] = made.float() if widen and made.dtype == self.program.dtype else made
                 for a in n.all_input_nodes:
                     if last[a] is n:
                         env.pop(a, None)
@@ -226,7 +227,7 @@ class Weights:
             mine[name].offset = 8 + len(text) + header[name]["data_offsets"][0]
         return struct.pack("<Q", len(text)) + text
 
-    def write(self, path: Path, header: bytes, progress: Progress | None = None) -> dict[str, Any]:
+    def write(self, path: Path, header: bytes, progress: Progress | None = None) -> WeightFile:
         """Stream all constants that are not linked; returns name, size and checksum of the file."""
         digest = hashlib.sha256(header)
         mine = sorted((c.offset, name) for name, c in self.constants.items() if c.file == FILE)
@@ -243,7 +244,7 @@ class Weights:
                     f.write(raw)
                 if progress:
                     progress(f"weights, {f.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
-        return {"file": path.name, "bytes": total, "sha256": digest.hexdigest()}
+        return WeightFile(path.name, total, digest.hexdigest())
 
 
 def tensor_proto(name: str, x: Tensor) -> TensorProto:
@@ -260,11 +261,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         return json.loads(f.read(length)), 8 + length
-
-
-def weight_bytes(facts: dict[str, Any]) -> int:
-    """Bytes of all weight files that program.json lists."""
-    return sum(f["bytes"] for f in (facts["weights"], *facts["weights"].get("linked", ())))
 
 
 def bring(source: Path, target: Path) -> None:

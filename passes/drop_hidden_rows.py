@@ -8,27 +8,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch.fx import Node
+
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, Builder, rebuild
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.loops import row_inputs
 from mmopt.rewrite.pass_base import Pass, Report
-from mmopt.spec.schedule import Call, Loop, calls_of
-
-MASK = 10  # which argument of cached attention hides slots
+from mmopt.spec.schedule import Call, Loop
 
 
 class DropHiddenRows(Pass):
     def run(self, program: Program, report: Report) -> Program:
         made = program.copy()
         for name, stage in program.stages.items():
-            masks = {
-                n for n in stage.graph.nodes if n.target is CACHED_ATTENTION and len(n.args) > MASK and n.args[MASK]
-            }
+            masks = {n: mask for n in stage.graph.nodes if (mask := mask_of(n)) is not None}
             if not masks:
                 continue
             names = {n: i for i, n in stage.input_nodes().items()}
-            hidden = {names.get(n.args[MASK], "") for n in masks}  # type: ignore[arg-type]
+            hidden = {names.get(m, "") for m in masks.values()}
             if (
                 len(hidden) != 1
                 or not (mask := hidden.pop())
@@ -40,10 +39,15 @@ class DropHiddenRows(Pass):
                 report.skip(name, why)
                 continue
             made.stages[name] = without(stage, mask)
-            made.painting = tuple(self.compact(i, name, mask) for i in made.painting)
-            made.schedule = tuple(self.compact(i, name, mask) for i in made.schedule)
-            if any(c.stage == name for c in calls_of(program.painting)):
-                made.info["flow"]["compact"] = True
+            made.schedules = made.schedules.replaced(
+                image=tuple(self.compact(i, name, mask) for i in made.schedules.image)
+            )
+            made.schedules = made.schedules.replaced(
+                text=tuple(self.compact(i, name, mask) for i in made.schedules.text)
+            )
+            if any(c.stage == name for c in program.schedules.image.calls()):
+                assert made.info.flow is not None
+                made.info = replace(made.info, flow=replace(made.info.flow, compact=True))
             report.did(f"{name}: {len(masks)} attentions lose a mask; rows hidden by it are left out of the cache")
         if not report.rewrites and not report.skipped:
             report.skip("program", "no attention on a cache has a mask")
@@ -51,9 +55,9 @@ class DropHiddenRows(Pass):
 
     def why_not(self, program: Program, name: str, stage: Stage, mask: str) -> str | None:
         """None if one call feeds the prompt, others go on from it, and all that is read of its rows are the caches."""
-        calls = [c for c in calls_of(program.painting) if c.stage == name]
-        if program.painting and not calls and mask == "seen":
-            return None  # it paints no images, and texts see all slots
+        calls = [c for c in program.schedules.image.calls() if c.stage == name]
+        if program.schedules.image and not calls and mask == "seen":
+            return None  # it generates no images, and texts see all slots
         ahead = [c for c in calls if c.source("past") == "prompt.begin"]
         after = [c for c in calls if c.source("past") == "prompt.past"]
         found = row_inputs(stage)
@@ -65,7 +69,7 @@ class DropHiddenRows(Pass):
         if len(ahead) != 1 or not after or len(calls) != 1 + len(after) or rows != [["prompt.text"]]:
             return "rows that are hidden are fed in one call with others, at places that all samples share"
         made = {ahead[0].target(o): o for o in stage.outputs if o not in stage.inputs}
-        for c in calls_of(program.painting):
+        for c in program.schedules.image.calls():
             for s in (s for i in program.stages[c.stage].inputs for s in c.sources(i)):
                 if s in made:
                     return f"{c.stage} reads {made[s]} of the rows of the prompt"
@@ -91,5 +95,10 @@ def without(stage: Stage, mask: str) -> Stage:
     return Stage(graph, [i for i in stage.inputs if i != mask], stage.outputs)
 
 
-def drop_mask(b: Builder, n, args: tuple):
-    return b.copy(n, args[:MASK]) if n.target is CACHED_ATTENTION and len(args) > MASK else None
+def mask_of(n: Node) -> Node | None:
+    """The mask over the slots of a cache, if a node is attention that has one."""
+    return CachedAttention.of(n).key_mask if n.target is CACHED_ATTENTION else None
+
+
+def drop_mask(b: Builder, n: Node, args: tuple) -> Node | None:
+    return None if mask_of(n) is None else b.copy(n, CachedAttention(*args)[:-1])  # the mask is the last argument

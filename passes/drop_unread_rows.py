@@ -12,7 +12,7 @@ import sympy
 from torch.fx import Graph, Node
 
 from mmopt.ir.graph import SLICE, Builder, mapped, rebuild, shape_of, simplify
-from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.op_rules import on_part, operand_dims
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.pass_base import Pass, Report

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from mmopt.ir.attention_args import Attention, CrossAttention, SegmentAttention
 from mmopt.ir.graph import (
     ATTENTION,
     CROSS_ATTENTION,
@@ -66,8 +68,8 @@ class FuseCrossAttention(Pass):
                     return None
                 flat_q, flat_k, flat_v = (flat(b, x) for x in (q, k, v))
                 attentions += 1
-                new: tuple = (flat_q, flat_k, flat_v, heads, kv_heads, None, False, scale)
-                return b.emit(ATTENTION, new, shape_of(n), n.meta["dtype"])
+                fused = Attention(flat_q, flat_k, flat_v, heads, kv_heads, scale=scale)
+                return b.emit(ATTENTION, tuple(fused), shape_of(n), n.meta["dtype"])
             if n.target is MUL and (gate := gate_of(n)) is not None:
                 projection = n.args[1 - gate]
                 if len(projection.users) > 1 or sum(not u.meta.get("const") for u in projection.args[1].users) > 1:
@@ -77,7 +79,7 @@ class FuseCrossAttention(Pass):
                 x, w, bias = (*args[1 - gate].args, None)[:3]
                 g = b.reshape(args[gate], (shape_of(args[gate])[-1] if shape_of(args[gate]) else 1,))
                 scaled = b.emit(MUL, (w, b.reshape(g, (shape_of(g)[0], 1))), shape_of(w), w.meta["dtype"])
-                new = (x, scaled)
+                new: tuple = (x, scaled)
                 if bias is not None:
                     new = (x, scaled, b.emit(MUL, (bias, g), shape_of(bias), bias.meta["dtype"]))
                 return b.emit(LINEAR, new, shape_of(n), n.meta["dtype"])
@@ -146,26 +148,32 @@ def gate_of(n: Node) -> int | None:
 # ------------------------------------------------------------------------------------------------------------ segments
 def cut_masks(program: Program, name: str, report: Report) -> None:
     """Replace `cross_attention` over all images by `segment_attention`; changes the stage's inputs and the info."""
-    stage, cross = program.stages[name], program.info["cross"]
+    stage, cross = program.stages[name], program.info.required_cross
     inputs = {n: k for k, n in stage.input_nodes().items()}
-    cut = []
+    cut: dict[Node, CrossAttention] = {}
     for n in (n for n in stage.graph.nodes if n.target is CROSS_ATTENTION):
-        q, k, v, seen, attends = n.args[:5]
-        if not (k in inputs and v in inputs):
+        a = CrossAttention.of(n)
+        if not (a.k in inputs and a.v in inputs):
             report.skip(name, f"{n.name}: K and V are made in each call")
-        elif inputs.get(seen) != "seen" or inputs.get(attends) != "attends" or shape_of(q)[1] != shape_of(seen)[1]:
+        elif (
+            inputs.get(a.seen) != "seen"
+            or inputs.get(a.attends) != "attends"
+            or shape_of(a.q)[1] != shape_of(a.seen)[1]
+        ):
             report.skip(name, f"{n.name}: works on a part of the rows")
         else:
-            cut.append(n)
-    kinds = {n.args[1]: "key" for n in cut} | {n.args[2]: "value" for n in cut}  # one that is both serves as values do
+            cut[n] = a
+    kinds = {a.k: "key" for a in cut.values()} | {
+        a.v: "value" for a in cut.values()
+    }  # one that is both serves as values do
     kinds = {x: kind for x, kind in kinds.items() if all(u in cut for u in x.users)}
-    cut = [n for n in cut if n.args[1] in kinds and n.args[2] in kinds]
+    cut = {n: a for n, a in cut.items() if a.k in kinds and a.v in kinds}
     if not cut:
         return
     batch, rows = shape_of(stage.input_nodes()["seen"])[:2]
     # A row may see more than one block.
-    several = cross["blocks"] > 1 or cross["together"] or cross["before"] == "everything"
-    keys: Any = symbol("K") if several else cross["rows"]
+    several = cross.tiles > 1 or cross.merge_adjacent or cross.leading_text == "all_images"
+    keys: Any = symbol("K") if several else cross.tokens
     b, env, names = Builder(), {}, []
 
     def add(input_name: str, shape: tuple, dtype: torch.dtype) -> Node:
@@ -188,13 +196,13 @@ def cut_masks(program: Program, name: str, report: Report) -> None:
         elif n.op == "output":
             b.output([env[a] for a in n.args[0]])
         elif n in cut:
-            q, k, v, _, _, heads, kv_heads, scale = (*n.args, None)[:8]
-            new = (env[q], env[k], env[v], *places, heads, kv_heads, mask, scale)
-            env[n] = b.emit(SEGMENT_ATTENTION, new, shape_of(n), n.meta["dtype"])
+            a = cut[n]
+            segments = SegmentAttention(env[a.q], env[a.k], env[a.v], *places, a.heads, a.kv_heads, mask, a.scale)
+            env[n] = b.emit(SEGMENT_ATTENTION, tuple(segments), shape_of(n), n.meta["dtype"])
         elif n not in env and n.op != "placeholder":
             env[n] = b.copy(n, mapped(n.args, env))
     program.stages[name] = Stage(b.graph, names, stage.outputs)
     calls = [c for c in program.calls() if c.stage == name]
-    chosen = {calls[0].rename.get(inputs[x], inputs[x]): kind for x, kind in kinds.items()}
-    program.info["segments"] = {**program.info.get("segments", {}), **chosen}
+    chosen = {calls[0].sources(inputs[x])[0]: kind for x, kind in kinds.items()}
+    program.info = replace(program.info, cross_kv={**program.info.cross_kv, **chosen})
     report.did(f"{name}: {len(cut)} cross-attentions read the keys that their rows see, without a mask")

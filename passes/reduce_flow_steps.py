@@ -7,6 +7,7 @@ that were fitted to the model go along with the Program into its engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,29 +34,29 @@ class ReduceFlowSteps(Pass):
         self.plan, self.fitted = plan or (fitted[0] if fitted else None), list(fitted)
 
     def run(self, program: Program, report: Report) -> Program:
-        if not program.painting:
+        if not program.schedules.image:
             report.skip("program", "it has no loop over the steps of a flow")
             return program
-        made = program.copy()
-        flow = made.info["flow"]
-        before, after = plan_of(None, program.info), self.plan or make_plan("ab2", 10, guidance=flow["guidance"])
-        kept = [p for p in flow.get("plans", ()) if not any(same_use(FlowPlan.from_json(p), f) for f in self.fitted)]
-        plans = [*kept, *(f.to_json() for f in self.fitted)]
-        if after == before and plans == flow.get("plans", []):
+        made, flow = program.copy(), program.info.flow
+        assert flow is not None
+        before, after = plan_of(None, program.info), self.plan or make_plan("ab2", 10, guidance=flow.guidance)
+        kept = [p for p in flow.plans if not any(same_use(p, f) for f in self.fitted)]
+        plans = (*kept, *self.fitted)
+        if after == before and plans == flow.plans:
             report.skip("painting", f"its steps are those of {after.name} already")
             return program
-        flow["plan"], flow["plans"] = after.to_json(), plans
+        made.info = replace(made.info, flow=replace(flow, plan=after, plans=plans))
         report.did(
-            f"painting: {after.evaluations} evaluations, {after.passes} passes, by {after.name}; "
-            f"before {before.evaluations}, {before.passes}, by {before.name}"
+            f"painting: {after.evaluations} evaluations, {after.forwards} passes, by {after.name}; "
+            f"before {before.evaluations}, {before.forwards}, by {before.name}"
         )
         return made
 
     def drift(self, before: Program, after: Program) -> str:
         """How far each plan's latents are from those of many small steps, over a few random prompts and noises."""
         random, info = np.random.default_rng(0), before.info
-        prompts = [random.integers(0, info["vocab_size"], 8).tolist() for _ in range(SAMPLES)]
-        noise = random.standard_normal((SAMPLES, *info["flow"]["latents"])).astype(np.float32)
+        prompts = [random.integers(0, info.vocab_size, 8).tolist() for _ in range(SAMPLES)]
+        noise = random.standard_normal((SAMPLES, *info.required_flow.latents)).astype(np.float32)
         velocity = ProgramVelocity(before, prompts)
         plans = [plan_of(None, p.info) for p in (before, after)]
         fine = make_plan("ab2", FINE, guidance=plans[1].guidance)

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mmopt.ir.graph import CAT, LINEAR, Builder, Size, mapped, shape_of, simplify
-from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.op_rules import on_part, operand_dims
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.rewrite.row_parts import depth
 

@@ -18,7 +18,9 @@ from mmopt.spec.schedule import Call, Cat, Loop
 class ShareSamples(Pass):
     def run(self, program: Program, report: Report) -> Program:
         made = program.copy()
-        made.painting = tuple(self.share(program, i, report) if isinstance(i, Loop) else i for i in program.painting)
+        made.schedules = made.schedules.replaced(
+            image=tuple(self.share(program, i, report) if isinstance(i, Loop) else i for i in program.schedules.image)
+        )
         return made
 
     def share(self, program: Program, loop: Loop, report: Report) -> Loop:

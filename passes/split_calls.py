@@ -13,20 +13,21 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, CAT, shape_of
-from mmopt.ir.op_dims import operand_dims
+from mmopt.ir.op_rules import operand_dims
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.rewrite.loops import row_inputs
 from mmopt.rewrite.pass_base import Pass, Report
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 class SplitCalls(Pass):
     def run(self, program: Program, report: Report) -> Program:
         made = program.copy()
         items: list[Call | Loop] = []
-        for item in program.painting:
+        for item in program.schedules.image:
             if isinstance(item, Loop):
                 written = {c.target(o) for c in item.body for o in program.stages[c.stage].outputs}
                 body: list[Call] = []
@@ -34,7 +35,7 @@ class SplitCalls(Pass):
                     body += self.split(program, call, program.stages[call.stage], written, report)
                 item = replace(item, body=tuple(body))
             items.append(item)
-        made.painting = tuple(items)
+        made.schedules = made.schedules.replaced(image=tuple(items))
         if not report.rewrites:
             report.skip("painting", "no call in a loop begins with rows that the loop does not change")
         return made
@@ -49,7 +50,7 @@ class SplitCalls(Pass):
         first, last = found
         readers = [
             (c.stage, n, s)
-            for c in calls_of(program.painting)
+            for c in program.schedules.image.calls()
             for n in program.stages[c.stage].inputs
             for s in c.sources(n)
         ]
@@ -101,7 +102,8 @@ def why_not_apart(stage: Stage, first: str, last: str, read: set[str]) -> str | 
         if n not in along or n.op == "placeholder":
             continue
         if n.target is operator.getitem and n.args[0].target is CACHED_ATTENTION:
-            places: list[tuple[Any, int | None]] = [(a, 1) for a in n.args[0].args[:3]]
+            cached = CachedAttention.of(n.args[0])
+            places: list[tuple[Any, int | None]] = [(x, 1) for x in (cached.q, cached.k, cached.v)]
         elif n.target is CAT and n.args[1] == along[n]:
             if len(n.args[0]) != 2 or not alike(n.args[0][0], n.args[0][1], of, *ends):
                 return f"{n.name} treats the rows of {first} and {last} differently"

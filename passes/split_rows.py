@@ -10,18 +10,18 @@ from torch.fx import Graph
 
 from mmopt.ir.graph import WHERE
 from mmopt.rewrite.pass_base import Pass, Report
-from mmopt.rewrite.row_parts import Seams
+from mmopt.rewrite.row_parts import PartInterpreter
 
 
 class SplitRows(Pass):
     def rewrite(self, graph: Graph, stage: str, report: Report) -> Graph:
-        seams = Seams(lambda node, why: report.skip(f"{stage}: {node} joins its parts", why))
-        made = seams.run(graph)
-        if not seams.splits:
+        parts = PartInterpreter(lambda node, why: report.skip(f"{stage}: {node} joins its parts", why))
+        made = parts.run(graph)
+        if not parts.splits:
             report.skip(stage, "no operator reads a concatenation row by row")
             return graph
         report.did(
-            f"{stage}: {seams.splits} operators run part by part, {seams.routes // 2} selections by mask are gone"
+            f"{stage}: {parts.splits} operators run part by part, {parts.routes // 2} selections by mask are gone"
         )
         left = sum(n.target is WHERE for n in made.nodes)
         if left:

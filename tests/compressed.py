@@ -19,7 +19,7 @@ from mmopt.frontend.load import Model, from_config
 from mmopt.ir import ops
 from mmopt.ir.program import Program
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
-from mmopt.pruning.apply import find_places
+from mmopt.pruning.apply import find_sites
 from mmopt.pruning.methods import reduce_rows
 from mmopt.rewrite.pass_base import Report
 
@@ -85,18 +85,18 @@ def traced(family: str, dtype: str = "float32") -> Program:
 
 
 @cache
-def compressed(family: str, place: str, keep: float, method: str, **options: Any) -> Program:
-    made, report = CompressVisualTokens(keep, method, place, least_saving=-1, **options)(traced(family))
+def compressed(family: str, site: str, keep: float, method: str, **options: Any) -> Program:
+    made, report = CompressVisualTokens(keep, method, site, min_saving=-1, **options)(traced(family))
     assert report.rewrites, report
     return made
 
 
-def compress(program: Program, *args: Any, least_saving: float = -1, **kw: Any) -> tuple[Program, Report]:
-    return CompressVisualTokens(*args, least_saving=least_saving, **kw)(program)
+def compress(program: Program, *args: Any, min_saving: float = -1, **kw: Any) -> tuple[Program, Report]:
+    return CompressVisualTokens(*args, min_saving=min_saving, **kw)(program)
 
 
 def names(program: Program) -> list[str]:
-    return [p.name for p in find_places(program)]
+    return [p.name for p in find_sites(program)]
 
 
 def pixels(family: str, n: int, frames: int | None = None, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from mmopt.ir import ops
 from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.ir.printer import program_text
 from mmopt.models._family import Family
-from mmopt.spec.manifest import Flow
+from mmopt.spec.model_info import Flow
 
 WIDTH, HEADS, VOCAB, GRID = 32, 4, 40, 4
 
@@ -126,7 +126,7 @@ def stages(m, capacity):
 
 CONFIG = SimpleNamespace(
     max_position_embeddings=64, eos_token_id=2, bos_token_id=1, vocab_size=VOCAB, hidden_size=WIDTH,
-    num_hidden_layers=2, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, rows_per_image=4,
+    num_hidden_layers=2, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, tokens_per_image=4,
 )  # fmt: skip
 PICTURE = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"}
 CHAT = {"user": "USER: ", "assistant": "ASSISTANT:", "separator": " ", "end": "</s>", "image": "<image>"}
@@ -155,17 +155,19 @@ def program(batch: int = 2, context: int = 40, dtype=torch.float32, change=None)
 def repaint(program, change=None, after=()):
     """The program with another loop (`change` gets the calls of its body) and with calls `after` it."""
     made = program.copy()
-    place = next(i for i, item in enumerate(made.painting) if hasattr(item, "body"))
-    loop = made.painting[place]
+    place = next(i for i, item in enumerate(made.schedules.image) if hasattr(item, "body"))
+    loop = made.schedules.image[place]
     if change:
         loop = dataclasses.replace(loop, body=tuple(change(list(loop.body))))
-    made.painting = (*made.painting[:place], loop, *made.painting[place + 1 :], *after)
+    made.schedules = made.schedules.replaced(
+        image=(*made.schedules.image[:place], loop, *made.schedules.image[place + 1 :], *after)
+    )
     return made
 
 
-def painting_text(program) -> str:
-    """The painting schedule alone."""
-    text = program_text({}, program.schedule, program.painting)
+def generation_text(program) -> str:
+    """The image schedule alone."""
+    text = program_text({}, program.schedules)
     return text[text.index("painting:") :].rstrip()
 
 
@@ -173,7 +175,7 @@ def same_pictures(before, after, lengths) -> None:
     """Two programs paint the same of prompts of so many ids each."""
     prompts = [list(range(1, n + 1)) for n in lengths]
     noise = torch.randn(len(prompts), 2, 8, 8, generator=torch.Generator().manual_seed(len(lengths)))
-    torch.testing.assert_close(after.paint(prompts, noise), before.paint(prompts, noise), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.generate_images(prompts, noise), before.generate_images(prompts, noise), atol=1e-5, rtol=1e-5)
 
 
 def same_answers(before, after) -> None:

@@ -180,7 +180,7 @@ def test_optimize_as_json_holds_costs_and_refusals(optimized):
 def test_inspect_lists_prune_sites():
     made = run("inspect", *TINY, "--prune-sites", "--json")
     report = json.loads(made.stdout)
-    assert {"pixels", "vision"} <= {s["place"] for s in report["prune_sites"]}
+    assert {"pixels", "vision"} <= {s["site"] for s in report["prune_sites"]}
     assert report["totals"]["prefill_flops"] > 0
 
 

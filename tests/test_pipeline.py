@@ -114,7 +114,7 @@ def test_observers_are_told_before_and_after_each_pass():
 
 def test_checks_can_be_left_out_and_asked_for(monkeypatch):
     assert optimize(chat(Routed()), [Scaled(1.5)], check=False).reports[0].checked == "not checked: checks are off"
-    monkeypatch.setattr("mmopt.pipeline.BUDGET", 1.0)
+    monkeypatch.setattr("mmopt.rewrite.contracts.BUDGET", 1.0)
     (report,) = optimize(chat(Routed()), [Scaled(1.5)]).reports
     assert report.checked.startswith("not checked: about ")
     with pytest.raises(ContractError):
@@ -154,7 +154,7 @@ def test_nan_shapes_and_types_are_differences():
 def test_values_that_are_no_longer_made_are_a_difference():
     after = flow()
     before = after.copy()
-    before.schedule = (Call("images", {"image_rows": "spare"}), *after.schedule)
+    before.schedules = before.schedules.replaced(text=(Call("images", {"image_rows": "spare"}), *after.schedules.text))
     found = compare(before, after)
     assert found is not None
     assert (found.stage, found.output, found.node) == ("images", "image_rows", "no longer made")
@@ -174,7 +174,7 @@ def test_weights_that_would_hide_an_error_are_drawn_anew():
 def test_two_sizes_and_every_mix_of_images_are_tried(program):
     prompts = [contracts.random_inputs(program, size, seed=0)["prompts"] for size in (0, 1)]
     assert [len(p) for p in prompts] == [1, 3]
-    image = program.info["image_id"]
+    image = program.info.image_id
     assert sorted(p.count(image) for p in prompts[1]) == [0, 1, 2]
     assert len({len(p) for p in prompts[1]}) == 3
 
@@ -250,18 +250,18 @@ def test_each_row_reads_its_own_branch_alone(result):
 
 def test_a_decoded_token_costs_one_row_of_the_text_branch(result):
     info, stage = result.program.info, result.program.stages["language_model"]
-    width, mlp = info["hidden_size"], 176
+    width, mlp = info.hidden_size, 176
     products = 0
     for n, _ in linears(stage):
         rows = at(shape_of(n)[1], nv=0, nt=1)
         assert rows in (0, 1)
         products += rows * shape_of(n)[2] * shape_of(n.args[0])[2]
-    assert products == info["layers"] * (4 * width * width + 3 * width * mlp) + info["vocab_size"] * width
+    assert products == info.layers * (4 * width * width + 3 * width * mlp) + info.vocab_size * width
 
 
 def test_the_last_layer_and_the_head_work_on_one_row(result):
     stage = result.program.stages["language_model"]
-    last = f"layers.{result.program.info['layers'] - 1}."
+    last = f"layers.{result.program.info.layers - 1}."
     found = set()
     for n, weights in linears(stage):
         for part in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):

@@ -5,6 +5,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 BELOW = {  # room -> the rooms it may import, besides itself
     "spec": "",
@@ -129,3 +131,65 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def test_imports_run_downward_and_never_round():
     wrong = violations(ROOT)
     assert not wrong, "\n".join(wrong)
+
+
+# ------------------------------------------------------------------------------------------- what the rules must catch
+BROKEN = {  # what a file of the room `ir` says -> what must be found
+    "a plain import upward": ("from mmopt.runtime.engine import Engine", "ir may not import runtime"),
+    "an import in a function": ("def f():\n    from mmopt.ir import graph", "inside a function"),
+    "an upward import for types": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import mmopt.search.budget",
+        "ir may not import search",
+    ),
+    "a name of the package": ("from mmopt import Engine", ONLY_CLI),
+    "a module of a room, by its package": ("from mmopt.passes import split_rows", "ir may not import passes"),
+    "a relative import": ("from . import graph", "relative import"),
+    "a name in a string": ("import importlib\nimportlib.import_module('mmopt.cli')", "must stand in import statements"),
+    "a circle in one room": ("import mmopt.ir.graph", "circle: mmopt.ir.broken -> mmopt.ir.graph"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_the_rules_is_found(name, tmp_path):
+    said, expected = BROKEN[name]
+    files = {"ir/graph.py": "import mmopt.ir.broken" if "circle" in name else "", "ir/broken.py": said}
+    for rest in ("runtime/engine", "search/budget", "cli"):
+        files[f"{rest}.py"] = ""
+    for path, text in files.items():
+        (tmp_path / "mmopt" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mmopt" / path).write_text(text)
+    (tmp_path / "passes").mkdir()
+    (tmp_path / "passes" / "split_rows.py").write_text("")
+    assert any(expected in line for line in violations(tmp_path)), violations(tmp_path)
+
+
+def test_a_right_tree_breaks_no_rule(tmp_path):
+    (tmp_path / "mmopt" / "ir").mkdir(parents=True)
+    (tmp_path / "mmopt" / "ir" / "graph.py").write_text("import mmopt.spec.prompt\nfrom mmopt.ir import ops")
+    (tmp_path / "mmopt" / "ir" / "ops.py").write_text("import torch")
+    assert violations(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------- names and folders
+def test_every_folder_is_a_room_and_every_room_has_a_docstring():
+    folders = {p.parent.name for p in (ROOT / "mmopt").glob("*/__init__.py")}
+    assert folders | {"passes", "exporters", "report", "pipeline", "cli", "__init__"} == set(BELOW)
+    for file in [*(ROOT / "mmopt").glob("*/__init__.py"), ROOT / "passes/__init__.py", ROOT / "exporters/__init__.py"]:
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert "In:" in said, f"{file}: says what comes in and what goes out"
+        assert "Out:" in said, f"{file}: says what comes in and what goes out"
+    assert len(list((ROOT / "mmopt").glob("*.py"))) <= 5
+
+
+def test_every_module_says_what_it_is():
+    for name, file in source_files(ROOT).items():
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert len(said) > 20, f"{name} has no docstring"
+
+
+def test_no_public_name_is_that_of_a_room_or_module():
+    import mmopt
+
+    modules = {p.stem for p in (ROOT / "mmopt").glob("*.py")} | {p.parent.name for p in (ROOT / "mmopt").glob("*/*.py")}
+    assert not modules & set(mmopt.__all__)
+    assert not {"passes", "exporters"} & set(mmopt.__all__)

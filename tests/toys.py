@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -22,8 +21,8 @@ from mmopt.rewrite import contracts
 from mmopt.rewrite.contracts import ContractError
 from mmopt.rewrite.pass_base import Pass
 from mmopt.search.optimize import optimize
-from mmopt.spec.manifest import Cross
-from mmopt.spec.schedule import Call, Loop
+from mmopt.spec.model_info import Cross, ModelInfo, Processing
+from mmopt.spec.schedule import Call, Loop, Schedule, Schedules
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,7 +61,7 @@ def single(
     """A Program of one stage called ``toy``, for a pass to be run on; the pipeline cannot run it."""
     weights: dict[str, Tensor] = {}
     stage = trace(draw(module, dtype), inputs, outputs or ["y"], weights, dtype)
-    return Program({"toy": stage}, (Call("toy"),), weights, {}, {"torch_dtype": dtype}).drop_unused()
+    return Program({"toy": stage}, texts(Call("toy")), weights, {}, toy_info(dtype=dtype)).drop_unused()
 
 
 def random_values(stage: Stage, sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
@@ -168,7 +167,16 @@ class Embed(nn.Module):
         return self.table(ids)
 
 
-INFO = {"image_id": -200, "rows_per_image": ROWS, "hidden_size": D, "vocab_size": VOCAB, "eos_ids": [2]}
+def toy_info(dtype: torch.dtype = torch.float32, **given) -> ModelInfo:
+    """Facts of a toy; `given` are fields of `ModelInfo`."""
+    sizes = {"tokens_per_image": ROWS, "hidden_size": D, "image_embed_width": D, "vocab_size": VOCAB, "eos_ids": (2,)}
+    made = {"family": "toy", "image_id": -200, "batch": 3, "images": 2, "context": 64, **sizes, **given}
+    return ModelInfo(dtype=str(dtype).removeprefix("torch."), **made)
+
+
+def texts(*items: Call | Loop) -> Schedules:
+    """The schedules of a toy that answers in text alone."""
+    return Schedules(Schedule(items))
 
 
 def chat(
@@ -211,13 +219,12 @@ def chat(
         for name, node in s.input_nodes().items():
             if name in outputs and name not in state:
                 state[name] = (tuple(str(d) if isinstance(d, sympy.Expr) else d for d in shape_of(node)), dtype)
-    schedule = (
+    schedule = texts(
         Call("images"),
         Loop((Call("embed", {"ids": "chunk.ids"}), Call("language_model", {"visual": "chunk.visual"})), over="chunks"),
         Loop(loop, trips="max_new_tokens", until="done"),
     )
-    info = INFO | {"batch": 3, "images": 2, "context": 64, "torch_dtype": dtype}
-    return Program(stages, schedule, weights, state, info).drop_unused()
+    return Program(stages, schedule, weights, state, toy_info(dtype)).drop_unused()
 
 
 class Holder(nn.Module):
@@ -461,19 +468,17 @@ def beside(
         "language_model": named("language_model", language or Beside(), inputs, outputs),
         "next_token": trace(NextToken([2]), {"logits": ("B", "n", VOCAB)}, ["ids", "done"], weights, dtype),
     }
-    schedule = (
+    schedule = texts(
         Call("images"),
         Loop((Call("embed", {"ids": "chunk.ids"}), Call("language_model")), over="chunks"),
         Loop((Call("next_token"), Call("embed"), Call("language_model")), trips="max_new_tokens", until="done"),
     )
     cross = Cross(blocks, ROWS, MEDIA, before, together, reset)
-    info = INFO | {"image_id": MARKER, "rows_per_image": 1, "cross": dataclasses.asdict(cross)}
-    info |= {"batch": 3, "images": images, "context": 64, "torch_dtype": dtype}
-    info |= {"family": "toy", "dtype": str(dtype).removeprefix("torch."), "bos_id": None, "image_marker": "<image>"}
-    info["processing"] = {
-        "image": {"size": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
-        "chat": {"user": "", "assistant": "", "separator": "", "end": "", "image": "<image>"},
-    }
+    processing = Processing(
+        image={"size": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
+        chat={"user": "", "assistant": "", "separator": "", "end": "", "image": "<image>"},
+    )
+    info = toy_info(dtype, image_id=MARKER, tokens_per_image=1, images=images, cross=cross, processing=processing)
     return Program(stages, schedule, weights, state, info).drop_unused()
 
 

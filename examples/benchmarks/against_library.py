@@ -1,6 +1,6 @@
 """An exported engine against the transformers library's own `generate`: the same random weights, paired in one process.
 
-python examples/benchmarks/against_library.py CONFIG [--images N] [--text N] [--new-tokens N] [--rounds N] [--out FILE.json]
+    python examples/benchmarks/against_library.py CONFIG [--images N] [--text N] [--new-tokens N] [--out FILE.json]
 
 First token: pixels and ids -> the first new id, vision included. Decode: the time of `new_tokens` further tokens, a
 token. The library runs its sdpa attention with its default cache. Greedy ids must be the same.
@@ -8,11 +8,9 @@ token. The library runs its sdpa attention with its default cache. Greedy ids mu
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,10 @@ import transformers
 from safetensors.torch import save_file
 
 import mmopt
-from mmopt.measure.bench import device_name
+from mmopt.measure.head import conditions_text, head
 from mmopt.report import number
-from mmopt.spec.cross_mask import masks, visible
+from mmopt.spec.cross_mask import masks, visible_tiles
+from mmopt.spec.files import save_json
 
 
 def library_model(model, directory: Path):
@@ -47,15 +46,15 @@ def draw(engine, images: int, text: int):
     """(ids, what the image stages take, tiles of each image or None) of one random prompt."""
     g, info = np.random.default_rng(0), engine.info
     shape = engine.decoder.pixels["shape"][1:]
-    ids = g.integers(3, min(info["vocab_size"], info["image_id"]) - 2, text).tolist()
+    ids = g.integers(3, min(info.vocab_size, info.image_id) - 2, text).tolist()
     for i in range(images):
-        ids[1 + i * (text // max(images, 1))] = info["image_id"]
+        ids[1 + i * (text // max(images, 1))] = info.image_id
     inputs = {"pixel_values": g.standard_normal((images, *shape), np.float32)}
     tiles = None
-    if info["cross"]["blocks"] > 1:
+    if info.cross.tiles > 1:
         tiles = [1] * images
         inputs["aspect_ratio_ids"] = np.ones((images, 1), np.int64)[:, 0]
-        inputs["aspect_ratio_mask"] = np.eye(1, info["cross"]["blocks"], dtype=np.int64).repeat(images, 0)
+        inputs["aspect_ratio_mask"] = np.eye(1, info.cross.tiles, dtype=np.int64).repeat(images, 0)
         inputs["pixel_values"][:, 1:] = 0
     return ids, inputs, tiles
 
@@ -81,7 +80,8 @@ def main() -> None:
         theirs = library_model(model, Path(out) / "checkpoint")
         ids, inputs, tiles = draw(engine, args.images, args.text)
         seen, _, _ = masks(
-            visible(ids, args.images, engine.info, tiles=tiles), args.images * engine.info["cross"]["blocks"]
+            visible_tiles(ids, args.images, engine.info.required_cross, engine.info.image_id, tiles=tiles),
+            args.images * engine.info.cross.tiles,
         )
         given = {k: torch.from_numpy(x)[None] for k, x in inputs.items()}
         given |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
@@ -92,7 +92,7 @@ def main() -> None:
         rest = {k: x for k, x in inputs.items() if k != "pixel_values"}
 
         def ours(new: int) -> list[int]:
-            return engine.run_ids(
+            return engine.debug.generate_ids(
                 [ids], inputs["pixel_values"], image_inputs=rest, tiles=tiles, max_new_tokens=new, ignore_eos=True
             ).tokens[0]
 
@@ -128,26 +128,20 @@ def main() -> None:
             )
     best = {(r["stage"], r["variant"]): r["min_ms"] for r in rows}
     report = {
-        "device": device_name(torch.device("cpu")),
-        "threads": args.threads,
-        "dtype": "float32",
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "onnxruntime", "transformers")},
+        **head("against the library", args.threads, "float32", packages=("torch", "onnxruntime", "transformers")),
         "config": args.config,
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "sizes": {"images": args.images, "text": args.text, "new_tokens": args.new_tokens, "rounds": args.rounds},
         "rows": rows,
         "library_over_engine": {s: best[s, "library"] / best[s, "engine"] for s in ("first token", "decode, a token")},
     }
-    print(
-        f"{args.config}, {number(report['parameters'])} parameters, {report['device']}, {args.threads} threads, float32"
-    )
+    print(f"{args.config}, {number(report['parameters'])} parameters: {conditions_text(report)}")
     for r in rows:
         times = "  ".join(f"{k} {r[f'{k}_ms']:8.2f}" for k in ("min", "median", "max"))
         print(f"  {r['stage']:<16} {r['variant']:<8} {times} ms")
     print(f"  library / engine, minimum: {report['library_over_engine']}")
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        save_json(report, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each kind of pass adds to those before it: one `mmopt.optimize` call, one engine for each cumulative step.
 
-    python examples/benchmarks/compression_composition.py --out examples/benchmarks/results/compression-composition-cpu.json
+    python examples/benchmarks/compression_composition.py --out composition.json
 
 Models of middle size with random weights. Leaving rows of images out stands first in the list of passes, so that the
 exact ones work on what is left, but is added after them here. Engines of exact steps must give what that of the traced
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression_speed import CONFIGS, headed, inputs_of, places_of, write
+from compression_speed import CONFIGS, headed, inputs_of, sites_of
 from rich.table import Table
 
 import mmopt
 from mmopt.ir.inspect import inspect
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import SCHEMA, head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.measure.variants import STAGES, EngineStages
@@ -35,6 +35,7 @@ from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from mmopt.pipeline import default_passes
 from mmopt.report import number
 from mmopt.rewrite.contracts import ContractError, difference
+from mmopt.spec.files import save_json
 from mmopt.spec.flow_sampler import draw_noise, plan_of
 
 KINDS = {
@@ -43,16 +44,16 @@ KINDS = {
     "cache reuse": ("split_calls", "share_samples", "hoist_invariants", "drop_hidden_rows"),
 }
 NOTHING, COMPRESSION, STEPS = "nothing", "compression", "fewer flow steps"
-FIRST, DECODE, PAINT = "first token", "decode", "painting"
+FIRST, DECODE, PAINT = "first token", "decode", "image generation"
 REPEATS = {"decode": 4}  # timed calls in a row, one before them that is not
 PROMPT = 32  # ids of the text that is painted
 NOTES = (
     "Each step is one call of optimize with the passes of all steps down to it, in the order of the default ones; "
     "compression goes before them, fewer flow steps after.",
-    "first token: encoding an image and reading it with its text; decode: one token more; painting: one image. FLOP: "
-    "counted (`mmopt.inspect`). Times: medians; least: the minimum. x: paired, the median of the rounds' ratios, to "
-    "nothing (all) and to the step above (own).",
-    "Drift of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
+    "first token: encoding an image and reading it with its text; decode: one token more; image generation: one image. "
+    "FLOP: counted (`mmopt.inspect`). Times: medians; least: the minimum. x: paired, the median of the rounds' ratios, "
+    "to nothing (all) and to the step above (own).",
+    "DriftBudget of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
 )
 
 
@@ -64,7 +65,7 @@ def steps_of(program: mmopt.Program, compression: mmopt.Pass) -> dict[str, list[
         names |= set(own)
         made[kind] = [p for p in default_passes() if p.name in names]
     made[COMPRESSION] = [compression, *default_passes()]
-    if program.painting:
+    if program.schedules.image:
         made[STEPS] = [*made[COMPRESSION], ReduceFlowSteps()]
     return made
 
@@ -85,10 +86,10 @@ class Step:
         counted: dict[str, Any] = {}
         if paint:
             plan, noise = plan_of(None, self.program.info), draw_noise(1, info, 0)
-            ids = np.random.default_rng(0).integers(3, info["vocab_size"], PROMPT).tolist()
-            self.calls[PAINT] = partial(engine.paint, [ids], solver=plan, noise=noise)
+            ids = np.random.default_rng(0).integers(3, info.vocab_size, PROMPT).tolist()
+            self.calls[PAINT] = partial(engine.generate_images, [ids], solver=plan, noise=noise)
             self.painted = torch.from_numpy(self.calls[PAINT]().latents)
-            counted = {"prompt_length": PROMPT, "steps": plan.passes // 2}
+            counted = {"prompt_length": PROMPT, "steps": plan.forwards // 2}
         totals = inspect(self.program, batch=1, images=1, new_tokens=1, **counted)["totals"]
         flops = {"encode": totals["encode_flops_per_image"], "prefill": totals["prefill_flops"]}
         flops |= {FIRST: sum(flops.values()), DECODE: totals["decode_flops_per_token"]}
@@ -113,7 +114,7 @@ def build(
     program: mmopt.Program, compression: mmopt.Pass, check: bool | None, folder: Path, threads: int, paint: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Step]:  # fmt: skip
-    """The engines of all steps, compared. ValueError if the place of compression saves too little."""
+    """The engines of all steps, compared. ValueError if the site of compression saves too little."""
     fewer, report = compression(program)
     if not report.rewrites:
         raise ValueError(f"nothing is compressed: {'; '.join(report.skipped)}")
@@ -139,16 +140,17 @@ def measure(
     config: str, compression: dict[str, Any], check: bool | None, rounds: int, paint_rounds: int, threads: int,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """All steps of a config. `compression`: options of the pass, its place by default a third into the tower."""
+    """All steps of a config. `compression`: options of the pass, its site by default a third into the tower."""
     model = mmopt.from_config(config, "float32", random=True)
     tell(f"{config}: tracing")
     program = mmopt.trace(model)
-    place = list(places_of(program))[1]
-    compression = {"place": place} | compression
-    cpu, kind = torch.device("cpu"), program.info["torch_dtype"]
-    paint = bool(program.painting) and paint_rounds > 0
+    site = list(sites_of(program))[1]
+    compression = {"site": site} | compression
+    used = CompressVisualTokens(**compression)
+    cpu, kind = torch.device("cpu"), program.dtype
+    paint = bool(program.schedules.image) and paint_rounds > 0
     with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as folder:
-        steps = build(program, CompressVisualTokens(**compression), check, Path(folder), threads, paint, tell)
+        steps = build(program, used, check, Path(folder), threads, paint, tell)
         times, limits = {}, {}
         for stages, count in ((STAGES, rounds), ((PAINT,), paint_rounds if paint else 0)):
             calls = {(s, name): step.calls[s] for s in stages for name, step in steps.items() if count}
@@ -167,16 +169,15 @@ def measure(
         }
         before = n
     return {
-        **conditions(cpu, threads, program.info),
-        "command": " ".join(["python", *sys.argv]),
-        "compression": {k: getattr(CompressVisualTokens(**compression), k) for k in ("place", "method", "keep")},
+        **head("composition of passes", threads, program.info.dtype),
+        "compression": {"site": used.site, "method": used.method, "keep_ratio": used.keep_ratio},
         "sizes": {
             "parameters": sum(p.numel() for p in model.module.parameters()),
-            "context": program.info["context"],
-            "rows_per_image": program.info["rows_per_image"],
+            "context": program.info.context,
+            "tokens_per_image": program.info.tokens_per_image,
             "text": len(next(iter(steps.values())).stages.inputs.ids),
             "rounds": rounds,
-            "paint_rounds": paint_rounds if paint else 0,
+            "image_rounds": paint_rounds if paint else 0,
         },
         "rows": [step.row for step in steps.values()],
         "limits": limits,
@@ -190,8 +191,8 @@ def text(config: str, found: dict[str, Any]) -> str:
     console, sizes = headed(config, found), found["sizes"]
     console.print(
         f"{sizes['parameters'] / 1e6:.1f} M parameters; compression: "
-        + "{keep:.3g} of the rows of an image at {place}, by {method}".format(**found["compression"])
-        + f"; {sizes['rounds']} interleaved rounds, {sizes['paint_rounds']} of painting"
+        + "{keep_ratio:.3g} of the tokens of an image at {site}, by {method}".format(**found["compression"])
+        + f"; {sizes['rounds']} interleaved rounds, {sizes['image_rounds']} of image generation"
     )
     rows = found["rows"]
     kept = [s for s in (FIRST, DECODE, PAINT) if s in rows[0]["times"]]
@@ -221,25 +222,25 @@ def did(p: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", default=CONFIGS, help=f"by default {', '.join(CONFIGS)}")
-    parser.add_argument("--place", help="by default after a third of the tower")
+    parser.add_argument("--site", help="by default after a third of the tower")
     parser.add_argument("--method", default="merge")
-    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--keep-ratio", type=float, default=0.25)
     parser.add_argument("--check", action="store_true", help="compare Programs after each pass even where that is long")
     parser.add_argument("--rounds", type=int, default=20, help="0: show what the file holds")
-    parser.add_argument("--paint-rounds", type=int, default=3)
-    parser.add_argument("--no-paint", action="store_true")
+    parser.add_argument("--image-rounds", type=int, default=3)
+    parser.add_argument("--no-images", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     configs = json.loads(a.out.read_text())["configs"] if a.out and a.out.exists() else {}
-    options = {"method": a.method, "keep": a.keep} | ({"place": a.place} if a.place else {})
-    tell, painted = partial(print, file=sys.stderr, flush=True), 0 if a.no_paint else a.paint_rounds
+    options = {"method": a.method, "keep_ratio": a.keep_ratio} | ({"site": a.site} if a.site else {})
+    tell, painted = partial(print, file=sys.stderr, flush=True), 0 if a.no_images else a.image_rounds
     for config in a.configs if a.rounds else ():
         with torch.no_grad():
             configs[config] = measure(config, options, a.check or None, a.rounds, painted, a.threads, tell)
         if a.out:
-            write({"kind": "composition of passes", "configs": configs}, a.out)
+            save_json({"schema": SCHEMA, "kind": "composition of passes", "configs": configs}, a.out)
     for config, found in configs.items():
         print(text(config, found))
 

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/compression_quality.py mplug-owl2-vqa --limit 1000 --out results.json --plot results.png
 
-Each place, method and share of rows kept answers the same questions. Beside each score stand paired differences to all
+Each site, method and share of rows kept answers the same questions. Beside each score stand paired differences to all
 rows and to what a method has to beat: rows drawn at random, rows averaged, a smaller image. Results are written after
 each row, and what the file has already is not measured again. Times are those of one process: the engines of all rows
 of the table take turns.
@@ -30,33 +30,34 @@ from compression_report import BASELINES, BLIND, FULL, PIXELS, RESIZE, TOGETHER,
 from yardsticks import BATCH, YARDSTICKS, blind, engine_of, first
 
 import mmopt
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import head
 from mmopt.measure.statistics import Score
 from mmopt.measure.task import Sample, Task
 from mmopt.pipeline import default_passes
+from mmopt.spec.files import save_json
 
 THREADS = 1
 REPEATS = 2  # of what is timed, in a row, the better one counts
 
 
 class Way(NamedTuple):
-    """How rows are left out. place: a name of `find_places`, "" for all of the program; keep: the share that stays."""
+    """How tokens are left out. site: its name, "" for all tokens of the program; keep_ratio: the share that stays."""
 
-    place: str
+    site: str
     method: str
-    keep: float
+    keep_ratio: float
 
 
-def ways(there: Sequence[str], places: Sequence[str], methods: Sequence[str], keeps: Sequence[float]) -> list[Way]:
-    """All ways to be measured, baselines first. ValueError for a place or a method that does not exist."""
+def ways(there: Sequence[str], sites: Sequence[str], methods: Sequence[str], keeps: Sequence[float]) -> list[Way]:
+    """All ways to be measured, baselines first. ValueError for a site or a method that does not exist."""
     from mmopt.pruning.methods import METHODS
 
-    known = {"places": (places, there), "methods": (methods, [*METHODS, RESIZE])}
+    known = {"sites": (sites, there), "methods": (methods, [*METHODS, RESIZE])}
     for what, (given, names) in known.items():
         if wrong := [g for g in given if g not in names]:
             raise ValueError(f"--{what}: expected some of {', '.join(names)}, found {', '.join(wrong)}")
     order = sorted(methods or known["methods"][1], key=lambda m: BASELINES.index(m) if m in BASELINES else 9)
-    every = product(sorted(places or there, key=lambda p: p != PIXELS), order, keeps)
+    every = product(sorted(sites or there, key=lambda p: p != PIXELS), order, keeps)
     return [Way(*w) for w in every if (w[0] == PIXELS) == (w[1] == RESIZE)]
 
 
@@ -66,7 +67,7 @@ def program_of(program: mmopt.Program, way: Way, positions: str) -> tuple[mmopt.
         return mmopt.optimize(program, check=False).program, ""
     from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 
-    p = CompressVisualTokens(keep=way.keep, method=way.method, place=way.place, positions=positions)
+    p = CompressVisualTokens(keep_ratio=way.keep_ratio, method=way.method, site=way.site, position_ids=positions)
     result = mmopt.optimize(program, [p, *default_passes()], check=False)
     report = result.reports[0]
     return (result.program, report.rewrites[0]) if report.rewrites else (None, "; ".join(report.skipped))
@@ -83,16 +84,19 @@ class Results:
         self.found: dict[str, Any] = facts | {"samples": {n: digest(t) for n, t in tasks.items()}, "rows": []}
         if path and path.exists():
             old = json.loads(path.read_text())
-            if wrong := [k for k in ("checkpoint", "positions", "dtype", "samples") if old.get(k) != self.found[k]]:
+            if wrong := [k for k in ("checkpoint", "position_ids", "dtype", "samples") if old.get(k) != self.found[k]]:
                 raise ValueError(f"{path}: holds results of other {' and '.join(wrong)}: name another file")
             self.found["rows"] = old["rows"]
-            self.found["sizes"] = facts["sizes"] | {"places": old["sizes"]["places"] | facts["sizes"]["places"]}
-            if any(old[k] != facts[k] for k in ("device", "versions")):
+            self.found["sizes"] = facts["sizes"] | {"sites": old["sizes"]["sites"] | facts["sizes"]["sites"]}
+            self.found |= (
+                {k: old[k] for k in ("date", "commit")} if old["rows"] else {}
+            )  # the answers of the oldest rows are of then
+            if any(old[k] != facts[k] for k in ("machine", "versions")):
                 for row in old["rows"]:
                     row.pop("times", None)
 
     def row(self, way: Way) -> dict[str, Any] | None:
-        return next((r for r in self.found["rows"] if Way(r["place"], r["method"], r["keep"]) == way), None)
+        return next((r for r in self.found["rows"] if Way(r["site"], r["method"], r["keep_ratio"]) == way), None)
 
     def put(self, way: Way, row: dict[str, Any]) -> None:
         """Add a row, in place of the same one before, and write the file."""
@@ -105,9 +109,7 @@ class Results:
         for row in self.found["rows"]:
             self.compare(row)
         if self.path:
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text(json.dumps(self.found, indent=1) + "\n")
-            temporary.replace(self.path)
+            save_json(self.found, self.path)
 
     def sum_up(self, row: dict[str, Any]) -> None:
         """Add the questions of all tasks as one, where a row has them all."""
@@ -127,11 +129,11 @@ class Results:
     def compare(self, row: dict[str, Any]) -> None:
         """Add the paired differences to those baselines that are there by now."""
         for baseline, (name, own) in product(BASELINES, row.get("tasks", {}).items()):
-            place = {FULL: "", RESIZE: PIXELS}.get(baseline, row["place"])
-            other = self.row(Way(place, baseline, 1.0 if baseline == FULL else row["keep"])) or row
+            site = {FULL: "", RESIZE: PIXELS}.get(baseline, row["site"])
+            other = self.row(Way(site, baseline, 1.0 if baseline == FULL else row["keep_ratio"])) or row
             if other is row or name not in other.get("tasks", {}) or baseline in own["over"] or row["method"] == BLIND:
                 continue
-            d = mmopt.paired(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
+            d = mmopt.compare_scores(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
             own["over"][baseline] = vars(d) | {"interval": list(d.interval)}
 
     def score(self, task: str, right: str) -> Score:
@@ -150,7 +152,7 @@ def scored(engine: mmopt.Engine, tasks: Mapping[str, Task], grey: Callable[[Task
     """What a row holds of each task; right: a 1 or a 0 for each sample."""
     made = {}
     for name, task in tasks.items():
-        s = mmopt.quality(engine, grey(task))
+        s = mmopt.evaluate(engine, grey(task))
         right = "".join(f"{x:.0f}" for x in s.scores)
         made[name] = {"mean": s.mean, "interval": s.interval, "seconds": s.seconds, "right": right, "over": {}}
     return made
@@ -171,7 +173,7 @@ class FirstToken:
         if self.decoder.takes_frames:
             self.pixels = self.pixels[:, None]
         self.counts = [len(s.images) for s in samples]
-        asked = [[{"role": "user", "content": engine.with_markers(s.prompt, s.images)}] for s in samples]
+        asked = [[{"role": "user", "content": engine._with_markers(s.prompt, s.images)}] for s in samples]
         self.ids = [engine.text.encode(engine.template.render(a)) for a in asked]
 
     def __call__(self) -> list[np.ndarray]:
@@ -236,18 +238,18 @@ def measure_all(program: mmopt.Program, results: Results, listed: Sequence[Way],
                 row = {"failed": f"{type(e).__name__}: {e}"}
             results.put(way, row)
             outcome = row.get("refused") or row.get("failed") or {n: t["mean"] for n, t in row["tasks"].items()}
-            print(f"{way.place} {way.method} {way.keep:g}: {outcome}", file=sys.stderr, flush=True)
+            print(f"{way.site} {way.method} {way.keep_ratio:g}: {outcome}", file=sys.stderr, flush=True)
         timed = [r for r in results.found["rows"] if "tasks" in r and r["method"] != BLIND]
         timed.sort(key=lambda r: r["method"] != FULL)
         if rounds and any("times" not in r for r in timed):
             print(f"timing {len(timed)} engines", file=sys.stderr, flush=True)
-            for way in [Way(r["place"], r["method"], r["keep"]) for r in timed]:
+            for way in [Way(r["site"], r["method"], r["keep_ratio"]) for r in timed]:
                 if way not in engines:
                     made, told = engine(way)
                     if made is None:
                         raise ValueError(f"{results.path}: has {way}, now refused ({told}): name another file")
                     engines[way] = made
-            ordered = [engines[Way(r["place"], r["method"], r["keep"])] for r in timed]
+            ordered = [engines[Way(r["site"], r["method"], r["keep_ratio"])] for r in timed]
             add_times(timed, ordered, tasks, rounds)
             results.save()
 
@@ -257,32 +259,33 @@ def main() -> None:
     parser.add_argument("checkpoint", choices=YARDSTICKS)
     parser.add_argument("--limit", type=int, help="questions of each task, by default all")
     parser.add_argument("--tasks", default="", help="names, by default all")
-    parser.add_argument("--keeps", default="0.5,0.25,0.125")
+    parser.add_argument("--keep-ratios", default="0.5,0.25,0.125")
     parser.add_argument("--methods", default="", help="names, by default all")
-    parser.add_argument("--places", default="", help="names, by default all")
-    parser.add_argument("--positions", default="keep", help="keep or renumber")
+    parser.add_argument("--sites", default="", help="names, by default all")
+    parser.add_argument("--position-ids", default="keep", help="keep or renumber")
     parser.add_argument("--rounds", type=int, default=10, help="of timing; 0: leave it out")
     parser.add_argument("--out", type=Path, help="JSON file, gone on with if it is there")
     parser.add_argument("--plot", type=Path, help="PNG file: right answers over rows kept")
     parser.add_argument("--plot-times", type=Path, help="PNG file: right answers over time")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
-    from mmopt.pruning.apply import find_places
+    from mmopt.pruning.apply import find_sites
 
     program, tasks = YARDSTICKS[args.checkpoint]()
-    places, methods, names = ([x for x in v.split(",") if x] for v in (args.places, args.methods, args.tasks))
+    sites, methods, names = ([x for x in v.split(",") if x] for v in (args.sites, args.methods, args.tasks))
     if wrong := [n for n in names if n not in tasks]:
         parser.error(f"--tasks: expected some of {', '.join(tasks)}, found {', '.join(wrong)}")
-    there = {p.name: p.rows for p in find_places(program)}
-    listed = ways([*there], places, methods, [float(k) for k in args.keeps.split(",")])
+    there = {p.name: p.rows for p in find_sites(program)}
+    listed = ways([*there], sites, methods, [float(k) for k in args.keep_ratios.split(",")])
     chosen = {n: first(t, args.limit) for n, t in tasks.items() if n in (names or tasks)}
-    sizes = {"parameters": sum(w.numel() for w in program.weights.values()), "places": there}
-    sizes |= {k: program.info[k] for k in ("rows_per_image", "context", "batch", "images")}
-    facts = {"checkpoint": args.checkpoint, "command": " ".join(["python", *sys.argv]), "limit": args.limit}
-    facts |= conditions(torch.device("cpu"), THREADS, program.info)
-    facts |= {"positions": args.positions, "rounds": args.rounds, "sizes": sizes}
+    sizes = {"parameters": sum(w.numel() for w in program.weights.values()), "sites": there}
+    sizes |= {"tokens_per_image": program.info.tokens_per_image}
+    sizes |= {k: getattr(program.info, k) for k in ("context", "batch", "images")}
+    facts = head("compression quality", THREADS, program.info.dtype)
+    facts |= {"checkpoint": args.checkpoint, "limit": args.limit}
+    facts |= {"position_ids": args.position_ids, "rounds": args.rounds, "sizes": sizes}
     results = Results(facts, chosen, args.out)
-    measure_all(program, results, listed, args.positions, args.rounds)
+    measure_all(program, results, listed, args.position_ids, args.rounds)
     print(text(results.found))
     if args.plot:
         plot(results.found, args.plot)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flow_frontier import CHECKPOINT, captions, write
+from flow_frontier import CHECKPOINT, captions
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from digits import Prompts  # isort: skip
 import mmopt
 from mmopt.flow.fit import fit_plan
 from mmopt.flow.reference import reference, relative_errors
+from mmopt.measure.head import head
+from mmopt.spec.files import save_json
 from mmopt.spec.flow_plan import FlowPlan, solve
 from mmopt.spec.flow_sampler import draw_noise
 
@@ -99,8 +101,8 @@ def main() -> None:
             row = fitted(steps, Skips(ranked[:count]))[1]
             rows.append(row | {"saving": saving(row, [r for _, r in whole.values()])})
             print(f"saving {rows[-1]['saving']:.1%}", flush=True)
-    facts = {"samples": a.samples, "fine": a.fine, "threads": a.threads, "torch": torch.__version__}
-    write(facts | {"guidance": 2.0, "rows": rows}, a.out)
+    facts = head("flow block cache", a.threads, str(model.dtype).removeprefix("torch."), packages=["torch"])
+    save_json(facts | {"samples": a.samples, "fine": a.fine, "guidance": 2.0, "rows": rows}, a.out)
 
 
 def saving(row: dict, whole: list[dict]) -> float:

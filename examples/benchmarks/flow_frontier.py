@@ -8,7 +8,6 @@ writes the table as JSON and as a picture. Plans are fitted to one half of the n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -26,6 +25,8 @@ from mmopt.flow.fit import fit_plan
 from mmopt.flow.fit_program import drawn
 from mmopt.flow.frontier import frontier, frontier_plot, frontier_text
 from mmopt.flow.reference import reference
+from mmopt.measure.head import head
+from mmopt.spec.files import save_json
 from mmopt.spec.solvers import SOLVERS
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "janusflow-digits"
@@ -38,12 +39,6 @@ def captions(prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
     listed = [f"a {f} {d} on {b}" for d, f, b in product(range(10), colours, colours) if f != b]
     ids = [prompts.painting(listed[i]) for i in np.random.default_rng(0).permutation(len(listed))]
     return ids[::2], ids[1::2]
-
-
-def write(found: dict, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.rename(path)
 
 
 def main() -> None:
@@ -71,9 +66,10 @@ def main() -> None:
     steps = [*STEPS, 16, 20, 30]
     rows = frontier(own, fresh, list(SOLVERS), steps, reference(own, fresh, weight, a.fine), weight, fitted)
     print(frontier_text(rows))
-    found = {"samples": a.samples, "fine": a.fine, "guidance": weight, "torch": torch.__version__, "threads": 2}
+    found = head("flow frontier", 2, program.info.dtype, packages=["torch"])
+    found |= {"samples": a.samples, "fine": a.fine, "guidance": weight}
     found |= {"rows": [r.to_json() for r in rows], "fits": {n: r.to_json() for n, r in results.items()}}
-    write(found, a.out.with_suffix(".json"))
+    save_json(found, a.out.with_suffix(".json"))
     frontier_plot(rows, a.out.with_suffix(".png"))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flow_frontier import CHECKPOINT, captions, write  # puts examples/ on the path
+from flow_frontier import CHECKPOINT, captions  # puts examples/ on the path
 from tokenizers import Tokenizer
 
 from digits import Prompts, orders  # isort: skip
@@ -30,6 +30,8 @@ from mmopt.flow.fit_program import drawn
 from mmopt.flow.polish import polish_plan
 from mmopt.flow.reference import reference, relative_errors
 from mmopt.flow.velocity import ProgramVelocity, TensorVelocity
+from mmopt.measure.head import head
+from mmopt.spec.files import save_json
 from mmopt.spec.flow_plan import FlowPlan, reduce_guidance, solve
 from mmopt.spec.solvers import make_plan
 
@@ -92,14 +94,15 @@ def main() -> None:
         latents = truth if plan is None else solve(plan, velocity, noise.numpy())[-1]
         pictures, errors = shown(latents), relative_errors(latents, truth)
         verdict = judge(pictures)
-        row = {"plan": name, "passes": 2 * a.fine if plan is None else plan.passes}
+        row = {"plan": name, "forwards": 2 * a.fine if plan is None else plan.forwards}
         row |= {"drift": float(errors.mean()), "p90": float(np.quantile(errors, 0.9))}
         decibels = psnr(normalised(pictures), normalised(real)).clamp(max=99)  # infinite for equal pictures
         row |= {"psnr": float(decibels.mean()), "frechet": frechet(verdict.features)}
         rows.append(row | {"as_asked": verdict.right(wanted)["all"]})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    found = {k: v for k, v in vars(a).items() if k != "out"} | {"guidance": 2.0}
-    write(found | {"torch": torch.__version__, "rows": rows, "polished": polished.to_json()}, a.out)
+    found = head("flow quality", a.threads, program.info.dtype, packages=["torch"])
+    found |= {k: v for k, v in vars(a).items() if k not in ("out", "threads")} | {"guidance": 2.0}
+    save_json(found | {"rows": rows, "polished": polished.to_json()}, a.out)
 
 
 def shown_by(module: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from mmopt.measure.head import head
 from mmopt.runtime.engine import Engine
 from mmopt.runtime.kv_cache import Cache
+from mmopt.spec.files import save_json
 
 SHOT, TOKENS, SETTLE = 20, 12, 0.1
 NAMES = ("off", "on")
@@ -33,8 +34,8 @@ def measure(directory: Path, shots: list[int], rounds: int, threads: int) -> dic
     images = {n: e.decoder.image(e.encode_images(pixels)) for n, e in engines.items()}
     for k in shots:
         n = SHOT * (k + 1)
-        ids = random.integers(3, engines["on"].info["image_id"], n).tolist()
-        ids[::SHOT] = [engines["on"].info["image_id"]] * (k + 1)
+        ids = random.integers(3, engines["on"].info.image_id, n).tolist()
+        ids[::SHOT] = [engines["on"].info.image_id] * (k + 1)
         caches = {name: Cache(e.decoder.layout, 1) for name, e in engines.items()}
         for name, e in engines.items():
             e.decoder.prefill(caches[name], 0, ids, [images[name]] * (k + 1))
@@ -97,9 +98,9 @@ def main() -> None:
             print(f"{k:>3} shots, passes {name:<3}  " + "  ".join(f"{t:6.2f}" for t in each) + " ms")
         print(f"{k:>3} shots, off over on  " + "  ".join(f"{x:6.2f}" for x in ratios[k]))
     if args.out:
-        facts = {"config": args.config, "threads": args.threads, "dtype": "float32", "rounds": args.rounds,
-                 "tokens": TOKENS, "onnxruntime": version("onnxruntime"), "ratios": ratios, "runs": runs}  # fmt: skip
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = head("passes off and on", args.threads, "float32", packages=("onnxruntime",))
+        facts |= {"config": args.config, "rounds": args.rounds, "tokens": TOKENS, "ratios": ratios, "runs": runs}
+        save_json(facts, args.out)
     return None
 
 

@@ -1,6 +1,6 @@
 """What it costs that the threads of a stage go on spinning when it ends, as ONNX Runtime has them do by default.
 
-    python examples/benchmarks/threads.py openflamingo-mid mplug-owl2-mid --out examples/benchmarks/results/threads-cpu.json
+    python examples/benchmarks/threads.py openflamingo-mid mplug-owl2-mid --out threads.json
 
 An engine of middle size with random weights runs in processes of its own, in turn: with threads that spin on, and with
 threads that stop, as engines have them. Each process takes the least and the median of its calls.
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mmopt.measure.head import SCHEMA, head
+from mmopt.spec.files import save_json
 
 WAYS = ("spin on", "stop")
 
@@ -45,9 +48,9 @@ def calls_of(directory: Path, threads: int, spin: bool) -> dict[str, Callable[[]
         stages.run("prefill")
 
     made = {"first token": first, "decode": lambda: stages.run("decode")}
-    if engine.info["flow"]:
+    if engine.info.flow:
         ids = list(range(3, 35))
-        made["painting, 2 steps"] = lambda: engine.paint([ids], steps=2, seed=0)
+        made["image generation, 2 steps"] = lambda: engine.generate_images([ids], steps=2, seed=0)
     return made
 
 
@@ -65,10 +68,7 @@ def one(directory: Path, threads: int, spin: bool, count: int) -> dict[str, dict
 
 def measure(config: str, threads: int, processes: int, count: int) -> dict[str, Any]:
     """Figures of each process; ratios are paired: of processes one after the other."""
-    import torch
-
     import mmopt
-    from mmopt.measure.bench import conditions
 
     program = mmopt.trace(mmopt.from_config(config, "float32", random=True))
     with tempfile.TemporaryDirectory() as folder:
@@ -86,8 +86,7 @@ def measure(config: str, threads: int, processes: int, count: int) -> dict[str, 
         own = {way: [p[name] for p in made] for way, made in taken.items()}
         ratio = [a["median_ms"] / b["median_ms"] for a, b in zip(own[WAYS[0]], own[WAYS[1]], strict=True)]
         rows.append({"what": name, "processes": own, "faster": sorted(ratio), "median": float(np.median(ratio))})
-    command = " ".join(["python", *sys.argv])
-    return {**conditions(torch.device("cpu"), threads, program.info), "command": command, "calls": count, "rows": rows}
+    return {**head("threads", threads, program.info.dtype), "calls": count, "rows": rows}
 
 
 def main() -> None:
@@ -112,9 +111,7 @@ def main() -> None:
             low, high = row["faster"][0], row["faster"][-1]
             print(f"{config}, {row['what']}: {each}; {row['median']:.2f}x ({low:.2f} to {high:.2f})", flush=True)
     if a.out:
-        from compression_speed import write
-
-        write({"kind": "threads", "configs": found}, a.out)
+        save_json({"schema": SCHEMA, "kind": "threads", "configs": found}, a.out)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from mmopt.conformance.case import Case
 from mmopt.conformance.read_cross import read_apart
-from mmopt.conformance.read_generation import read_painted
+from mmopt.conformance.read_generation import read_generation
 from mmopt.conformance.read_inline import read_among
 from mmopt.models._family import Cases, Recording
+from mmopt.spec.model_info import Cross, Flow
 
 KNOWN = re.compile(
     r"in\.(input_ids|more_ids|fed_ids|before_ids|attention_mask|seen|labels|pixel_values|images_list\.\d+|image\.\w+"
@@ -44,18 +45,18 @@ def read_cases(
     paths: Iterable[str | Path],
     checkpoint: Path | None,
     image_id: int,
-    rows_per_image: int,
+    tokens_per_image: int,
     layout: Cases | None = None,
-    info: dict[str, Any] | None = None,
+    cross: Cross | None = None,
     image_dims: int = 3,
-    flow: dict[str, Any] | None = None,
+    flow: tuple[Flow, int] | None = None,
     passed_over: list[str] | None = None,
 ) -> list[Case]:
     """Read recorded cases; a file of several runs gives several, all of its name.
 
-    `layout`: of the family, by default names as used here. `info`: of `mmopt.spec.cross_mask`, if images lie outside the text.
-    `image_dims`: dimensions of an image. `flow`: of `mmopt.conformance.read_generation`, if the model paints. The checkpoint's own weights
-    among the files are passed over, so that ``*.safetensors`` works, and listed in `passed_over`. Raises ValueError
+    `layout`: of the family, by default names as used here. `cross`: if images lie outside the text. `image_dims`:
+    dimensions of an image. `flow`: of a model that generates images, and its vocabulary's size. The checkpoint's own
+    weights among the files are passed over, so that ``*.safetensors`` works, and listed in `passed_over`. Raises ValueError
     that names a file that is no case, or an input that is not known.
     """
     files, cases = [Path(p) for p in paths], []
@@ -88,16 +89,16 @@ def read_cases(
             case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
             case.settings = _said(path, layout)
             if "in.paint.noise" in given:
-                read_painted(case, given, flow)
+                read_generation(case, given, flow)
             elif recording.run is not None:
                 case.run = _bound(recording.run, given, outputs, means)
                 case.alone = _bound(recording.alone, given, outputs, means) if recording.alone else None
                 if (pixels := given.get("in.pixel_values")) is not None:
                     case.pixel_values = pixels.flatten(0, -image_dims - 1)
-            elif info is None:
-                read_among(case, given, image_id, rows_per_image)
+            elif cross is None:
+                read_among(case, given, image_id, tokens_per_image)
             else:
-                read_apart(case, given, info, image_dims, layout.tiles)
+                read_apart(case, given, cross, image_id, image_dims, layout.tiles)
             cases.append(case)
     if not cases:
         found = f": {', '.join(weights)} are the weights of the checkpoint" if weights else ""

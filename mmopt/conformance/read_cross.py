@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mmopt.conformance.case import Sights, same
-from mmopt.spec.cross_mask import Before, Seen, Sight, masks
+from mmopt.conformance.case import CrossMasks, same
+from mmopt.spec.cross_mask import Before, CrossMask, VisibleTiles, masks
+from mmopt.spec.model_info import Cross
 
 if TYPE_CHECKING:
     from mmopt.conformance.case import Case
 
 
-def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image_dims: int, tiles: str | None) -> None:
+def read_apart(
+    case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, image_dims: int, tiles: str | None
+) -> None:
     """A case whose images lie outside the text: markers are rows of the text like others.
 
     `image_dims`: dimensions of an image. `tiles`: the image input whose ones count the blocks of an image.
@@ -41,10 +44,10 @@ def read_apart(case: Case, given: dict[str, Tensor], info: dict[str, Any], image
             )
         case.pixel_values = pixels.flatten(0, len(lead) - 1)
         case.used = list(range(len(case.pixel_values)))
-    case.sights = read_sights(case, given, info, tiles)
+    case.sights = read_sights(case, given, cross, image_id, tiles)
 
 
-def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tiles_name: str | None) -> Sights:
+def read_sights(case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, tiles_name: str | None) -> CrossMasks:
     name, prompts, valid, pixels = case.name, case.prompts, case.valid, case.pixel_values
     batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
     inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}
@@ -55,26 +58,26 @@ def read_sights(case: Case, given: dict[str, Tensor], info: dict[str, Any], tile
     if tiles_name in inputs:
         tiles = inputs[tiles_name].sum(-1).clamp(min=1).tolist()  # an image that fills up a sample has one, unseen
     earlier = given.get("in.before_ids")
-    before = [0] * batch if earlier is None else (earlier == info["image_id"]).sum(1).tolist()
+    before = [0] * batch if earlier is None else (earlier == image_id).sum(1).tolist()
     after, rows = [], []
     for b, prompt in enumerate(prompts):
         own = None if tiles is None else tiles[b * count : (b + 1) * count]
-        after.append(Sight(info, count, own, before[b]))
+        after.append(CrossMask(cross, image_id, count, own, before[b]))
         rows.append(after[-1].read(prompt))
-    sights = Sights(info, [count] * batch, inputs, tiles, before, rows, after)
+    sights = CrossMasks(cross, image_id, [count] * batch, inputs, tiles, before, rows, after)
     if (seen := given.get("in.seen")) is not None:
         seen = seen.flatten(2)
         if seen.shape != (*valid.shape, sights.blocks):
             wanted = (*valid.shape, sights.blocks)
             raise ValueError(f"{name}: expected a mask of images of shape {wanted}, found {tuple(seen.shape)}")
-        nothing: Seen = Before(range(sights.blocks)) if info["cross"]["before"] == "everything" else None
+        nothing: VisibleTiles = Before(range(sights.blocks)) if cross.leading_text == "all_images" else None
         said = [[tuple(row.nonzero().flatten().tolist()) or nothing for row in seen[b, valid[b]]] for b in range(batch)]
         if not same(said, rows, sights.blocks):
             sights.given = said
     return sights
 
 
-def tensors(samples: Sequence[Sequence[Seen]], valid: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(samples: Sequence[Sequence[VisibleTiles]], valid: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """seen ``[B, S, blocks]``, attends ``[B, S]`` and sees ``[B, S]``; rows of padding (not valid) see nothing."""
     seen = torch.zeros(*valid.shape, max(1, blocks), dtype=torch.bool)
     attends, sees = torch.zeros_like(valid), torch.zeros_like(valid)

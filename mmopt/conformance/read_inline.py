@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 IGNORE = -100  # a label that does not count in the loss
 
 
-def read_among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_image: int) -> None:
+def read_among(case: Case, given: dict[str, Tensor], image_id: int, tokens_per_image: int) -> None:
     """A case whose images lie among the rows of the text, or one of images alone."""
     case.pictures = {k[3 : -len("_rgb")]: v for k, v in given.items() if k.endswith("_rgb")}
     for k, v in case.pictures.items():
@@ -32,14 +32,14 @@ def read_among(case: Case, given: dict[str, Tensor], image_id: int, rows_per_ima
         stacks = list(pixels) if pixels.dim() == 5 else [x[None] for x in pixels]
     case.pixel_values = torch.cat(stacks) if stacks else None
     if "in.input_ids" in given and "in.image_mask" in given:
-        _read_rows(case, given, [len(s) for s in stacks], image_id, rows_per_image)
+        _read_rows(case, given, [len(s) for s in stacks], image_id, tokens_per_image)
     elif "in.input_ids" in given:
-        _expand(case, given, [len(s) for s in stacks], image_id, rows_per_image)
+        _expand(case, given, [len(s) for s in stacks], image_id, tokens_per_image)
     elif not stacks and not case.pictures:
         raise ValueError(f"{case.name}: expected in.input_ids, images or in.*_rgb, found {', '.join(given)}")
 
 
-def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, rows_per_image: int) -> None:
+def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, tokens_per_image: int) -> None:
     """Replace placeholders by image rows. `counts`: images that each slot holds; slots are used in order."""
     ids, mask, labels = given["in.input_ids"], given.get("in.attention_mask"), given.get("in.labels")
     for name, x in (("in.attention_mask", mask), ("in.labels", labels)):
@@ -59,7 +59,7 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
             if slot >= len(counts):
                 raise ValueError(f"{case.name}: sample {b} needs image {slot}, but {len(counts)} were recorded")
             for image in range(starts[slot], starts[slot] + counts[slot]):
-                rows += [(0, image * rows_per_image + r, keep, IGNORE) for r in range(rows_per_image)]
+                rows += [(0, image * tokens_per_image + r, keep, IGNORE) for r in range(tokens_per_image)]
                 if keep:
                     prompt.append(image_id)
                     case.used.append(image)
@@ -80,7 +80,7 @@ def _expand(case: Case, given: dict[str, Tensor], counts: list[int], image_id: i
         case.mask = torch.tensor([m + [0] * (length - len(m)) for m in ones], dtype=mask.dtype)
 
 
-def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, rows_per_image: int) -> None:
+def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id: int, tokens_per_image: int) -> None:
     """Ids that hold a place for each row of an image: a mask says where, `held` which images there are.
 
     `counts`: images of each sample; those that only fill a sample up are not held.
@@ -91,11 +91,11 @@ def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id
         if x.shape != ids.shape:
             raise ValueError(f"{case.name}: expected {name} of shape {tuple(ids.shape)}, found {tuple(x.shape)}")
     batch, most = len(ids), max(counts, default=0)
-    held = given.get("in.image_held", torch.ones(batch, most, rows_per_image)).bool()
+    held = given.get("in.image_held", torch.ones(batch, most, tokens_per_image)).bool()
     held = held if counts or held.any() else held[:, :0]  # text alone
-    if len(counts) not in (0, batch) or tuple(held.shape) != (batch, most, rows_per_image):
+    if len(counts) not in (0, batch) or tuple(held.shape) != (batch, most, tokens_per_image):
         raise ValueError(
-            f"{case.name}: expected images [{batch}, images, ...] and a mask of {rows_per_image} rows for each, "
+            f"{case.name}: expected images [{batch}, images, ...] and a mask of {tokens_per_image} rows for each, "
             f"found {len(counts)} samples of images and a mask of shape {tuple(held.shape)}"
         )
     case.valid, case.mask, case.filler = mask.bool(), mask, torch.zeros_like(visual)
@@ -104,18 +104,18 @@ def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id
     for b in range(batch):
         places = visual[b].nonzero().flatten().tolist()
         images = [b * most + i for i in range(most) if held[b, i].any()]
-        wanted = len(images) * rows_per_image
+        wanted = len(images) * tokens_per_image
         if len(places) != wanted or int(held[b].sum()) != wanted or not bool(case.valid[b, places].all()):
             raise ValueError(
-                f"{case.name}: sample {b} has {len(images)} images of {rows_per_image} rows, all of them read, but its "
+                f"{case.name}: sample {b} has {len(images)} images of {tokens_per_image} rows, all of them read, but its "
                 f"masks mark {len(places)} places in its ids and {int(held[b].sum())} rows of images"
             )
         for n, image in enumerate(images):
-            own = places[n * rows_per_image : (n + 1) * rows_per_image]
-            if own[-1] - own[0] != rows_per_image - 1:
+            own = places[n * tokens_per_image : (n + 1) * tokens_per_image]
+            if own[-1] - own[0] != tokens_per_image - 1:
                 raise ValueError(f"{case.name}: sample {b}: the rows of image {n} do not follow one another")
-            case.image_row[b, own] = image * rows_per_image + torch.arange(rows_per_image)
-        firsts, inside = set(places[::rows_per_image]), set(places)
+            case.image_row[b, own] = image * tokens_per_image + torch.arange(tokens_per_image)
+        firsts, inside = set(places[::tokens_per_image]), set(places)
         case.used += images
         case.prompts.append(
             [image_id if t in firsts else int(ids[b, t]) for t in range(ids.shape[1])

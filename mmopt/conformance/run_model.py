@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mmopt.conformance.read_cross import tensors
 from mmopt.conformance.run_program import Pairs, Run, lay_beside
 from mmopt.frontend.load import Model
 from mmopt.models._family import Cases
-from mmopt.spec.cross_mask import Seen
+from mmopt.spec.cross_mask import VisibleTiles
 
 
 def cases_of(model: Model) -> Cases:
@@ -31,13 +30,12 @@ def cases_of(model: Model) -> Cases:
 def read_model_cases(paths: Iterable[str | Path], model: Model, passed_over: list[str] | None = None) -> list[Case]:
     """`read_cases` for a loaded model."""
     cross = model.family.cross
-    info = None if cross is None else {"cross": asdict(cross(model.config)), "image_id": model.image_id}
-    flow = None if model.family.flow is None else asdict(model.family.flow(model.config))
-    flow = flow and flow | {"vocab_size": model.config.vocab_size}
+    outside = None if cross is None else cross(model.config)
+    flow = None if model.family.flow is None else (model.family.flow(model.config), model.config.vocab_size)
     stages = model.family.stages(model.module, 1)
     dims = next((len(s.inputs["pixel_values"].shape) for s in stages.values() if "pixel_values" in s.inputs), 4)  # type: ignore[union-attr]
     cases = read_cases(
-        paths, model.directory, model.image_id, model.config.rows_per_image, cases_of(model), info, dims - 1, flow,
+        paths, model.directory, model.image_id, model.config.tokens_per_image, cases_of(model), outside, dims - 1, flow,
         passed_over,
     )  # fmt: skip
     eos = model.config.eos_token_id
@@ -55,7 +53,7 @@ def at_model(model: Model, case: Case, forced: bool) -> Pairs:
         if case.run is not None:
             made = case.run(model.module)
             return {k: (made[case.mean(k)], x) for k, x in case.outputs.items() if case.mean(k) in made}
-        if case.painting is not None:
+        if case.generation is not None:
             pairs = repainting.at_model(model, case)
             return pairs | taps.pairs()
         text = Apart(model, case) if case.sights else Among(model, case)
@@ -134,19 +132,19 @@ class Apart:
         self.needs_sees = "sees" in language
         blocks, batch = max(1, self.sights.blocks), len(case.prompts)
         if case.pixel_values is None:
-            cross = self.sights.info["cross"]
-            self.media = torch.zeros(batch, blocks, cross["rows"], cross["width"], dtype=model.dtype)
+            cross = self.sights.cross
+            self.media = torch.zeros(batch, blocks, cross.tokens, cross.width, dtype=model.dtype)
         else:
             inputs = {"pixel_values": case.pixel_values.to(model.dtype), **self.sights.inputs}
             rows = model.module.encode_images(**inputs)  # type: ignore[operator]
             self.media = rows.reshape(batch, blocks, *rows.shape[2:])
 
-    def rows_of(self, more: list[list[Seen]] | None = None) -> list[list[Seen]]:
+    def rows_of(self, more: list[list[VisibleTiles]] | None = None) -> list[list[VisibleTiles]]:
         """What the rows of the prompts see, and then `more`: by the case's own mask if it has one."""
         rows = self.sights.given or self.sights.rows
         return rows if more is None else [a + b for a, b in zip(rows, more, strict=True)]
 
-    def run(self, fed: Tensor, rows: list[list[Seen]]) -> Tensor:
+    def run(self, fed: Tensor, rows: list[list[VisibleTiles]]) -> Tensor:
         """Logits of the prompts with the ids `fed` after them ``[B, S + n, vocab]``."""
         valid = F.pad(self.case.valid, (0, fed.shape[1]), value=True)
         seen, attends, sees = tensors(rows, valid, self.sights.blocks)
@@ -168,7 +166,7 @@ class Apart:
             if case.markers_made:
                 run.steps_nocache, run.ids_nocache = self.greedy(forced, self.sights.reread)
 
-    def greedy(self, forced: bool, follow: Callable[[Tensor], list[list[Seen]]]) -> tuple[Tensor, Tensor]:
+    def greedy(self, forced: bool, follow: Callable[[Tensor], list[list[VisibleTiles]]]) -> tuple[Tensor, Tensor]:
         """Greedy decoding without a cache; `follow` says what the new ids see."""
         recorded = self.case.greedy_ids if forced else None
         fed, steps, ids = self.case.ids[:, :0], [], []
@@ -189,7 +187,7 @@ class Taps:
         for taps in (self.cases.vision_taps, self.cases.input_taps, self.cases.language_taps):
             for name in case.outputs:
                 path = tapped(case.mean(name), taps)
-                of_images = taps is not self.cases.language_taps and not case.painting
+                of_images = taps is not self.cases.language_taps and not case.generation
                 if path is None or (of_images and case.pixel_values is None):
                     continue
                 try:

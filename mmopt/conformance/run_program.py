@@ -97,7 +97,7 @@ def at_engine(engine: Any, case: Case, forced: bool, values: Values) -> Pairs:
     call = dict(case.sights.call) if case.sights else {}
     if case.sights:
         call["image_inputs"] = {k: x.numpy() for k, x in case.sights.inputs.items()}
-    made = engine.run_ids(
+    made = engine.debug.generate_ids(
         case.prompts,
         None if case.used_pixels is None else case.used_pixels.numpy(),
         max_new_tokens=max(trips, 1),
@@ -108,7 +108,7 @@ def at_engine(engine: Any, case: Case, forced: bool, values: Values) -> Pairs:
         **call,
     )
     run = Run(logits=[torch.from_numpy(x[:1]) for x in made.logits])
-    run.image_rows = None if made.image_rows is None else torch.from_numpy(made.image_rows.numpy())
+    run.image_rows = None if made.image_embeds is None else torch.from_numpy(made.image_embeds.numpy())
     run.caches = run.final_caches = {k: torch.from_numpy(v) for k, v in made.caches.items()}
     if trips:
         keep_steps(case, run, torch.from_numpy(np.stack(made.logits)), made.tokens)
@@ -225,7 +225,7 @@ def sight_pair(case: Case, mean: str, wanted: Tensor) -> tuple[Tensor, Tensor]:
         "out.sight.time": torch.tensor([t for r in sights.rows for t in sights.time(r)]),
         "out.sight.seen": (seen & sees[:, None]).long(),
         "out.sight.blind": (~attends).long(),
-        "out.sight.marker": torch.tensor([int(t == sights.info["image_id"]) for p in case.prompts for t in p]),
+        "out.sight.marker": torch.tensor([int(t == sights.image_id) for p in case.prompts for t in p]),
     }[mean]
     theirs = case.real(wanted)
     return ours, theirs.clamp(max=beyond) if mean == "out.sight.time" else theirs.reshape(ours.shape)
@@ -255,8 +255,8 @@ def encode(program: Program, pixel_values: Tensor | None) -> dict[str, Tensor]:
     """The stages before the prompt, on images alone."""
     values = {}
     if pixel_values is not None:
-        values["pixel_values"] = program.as_frames(pixel_values.to(program.info["torch_dtype"]))
-    for call in program.schedule:
+        values["pixel_values"] = program.as_frames(pixel_values.to(program.dtype))
+    for call in program.schedules.text:
         if isinstance(call, Call) and all(call.source(n) in values for n in program.stages[call.stage].inputs):
             stage = program.stages[call.stage]
             made = stage.run(program.weights, {n: values[str(call.source(n))] for n in stage.inputs})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from mmopt.ir.stage import Stage
 from mmopt.pipeline import run_passes
 from mmopt.runtime.session import StageSession
 from mmopt.runtime.tensor import Tensor as Memory
-from mmopt.spec.schedule import Call
+from mmopt.spec.manifest import read_directory
+from mmopt.spec.model_info import ModelInfo
+from mmopt.spec.schedule import Call, Schedule, Schedules
 
 
-def at_point(point: str, module: Any, info: dict[str, Any], case: Case) -> Pairs:
+def at_point(point: str, module: Any, info: ModelInfo, case: Case) -> Pairs:
     """The case's own stage at a point, on the inputs that its family makes of the case.
 
     `info`: of a Program of the model. Without such a stage there are no pairs.
@@ -33,7 +34,7 @@ def at_point(point: str, module: Any, info: dict[str, Any], case: Case) -> Pairs
     spec, inputs = found
     weights: dict[str, Tensor] = {}
     stages: dict[str, Stage] = {"alone": trace_stage(spec, weights)}
-    program = Program(stages, (Call("alone"),), weights, {}, info | {"directory": None, "tokenizer": None})
+    program = Program(stages, Schedules(Schedule([Call("alone")])), weights, {}, info)
     if point != "program":
         program = run_passes(program, check=False).program
     stage, output = program.stages["alone"], spec.outputs[0]
@@ -47,11 +48,11 @@ def at_point(point: str, module: Any, info: dict[str, Any], case: Case) -> Pairs
 def _in_engine(program: Program, output: str, inputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as directory:
         out = export(program, Path(directory) / "engine")
-        facts = json.loads((out / "program.json").read_text())["stages"]["alone"]
+        facts = read_directory(out).stages["alone"]
         session, made = StageSession("alone", out, facts, "cpu", torch.get_num_threads()), {}
         for k, given in inputs.items():
-            memory = {name: Memory.of(x.numpy(), facts["inputs"][name]["dtype"]) for name, x in given.items()}
-            result = Memory.zeros(session.output_shape(output, memory), facts["outputs"][output]["dtype"])
+            memory = {name: Memory.of(x.numpy(), facts.inputs[name].dtype) for name, x in given.items()}
+            result = Memory.zeros(session.output_shape(output, memory), facts.outputs[output].dtype)
             session.bind(memory, {output: result}).run()
             made[k] = torch.from_numpy(result.numpy())
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmopt.models._family import Family
 from mmopt.models._weight_files import Assembled, CheckpointError, Weights, place, read_json, read_weights
 from mmopt.spec.dtypes import MODEL_DTYPES
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(str(importlib.resources.files("mmopt") / "configs"))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +10,19 @@ from torch import nn
 
 from mmopt.frontend.load import Model
 from mmopt.ir.capture import StageSpec, TensorSpec, trace_stage
-from mmopt.ir.program import Program
+from mmopt.ir.program import Program, Source
 from mmopt.ir.stage import Stage
-from mmopt.spec.cross_mask import PER_CALL
-from mmopt.spec.schedule import Call, Cat, Loop
+from mmopt.spec.cross_mask import CROSS_INPUTS
+from mmopt.spec.model_info import ModelInfo, Processing
+from mmopt.spec.schedule import Call, Cat, Loop, Schedule, Schedules
 
 # What the host makes for each call of the language model, or once for all of them (media); all else is carried.
-GIVEN = {"visual", "text", "media", "offset", *PER_CALL}
+GIVEN = {"visual", "text", "media", "offset", *CROSS_INPUTS}
 
 PAINTING = ("flow_time", "flow_encode", "flow_decode", "decode_image")  # stages that text does not need
 
 # What is not computed in these types: pictures leave the range of float16; angles of up to 1000 need finer steps.
-FULL_PRECISION = {"float16": ["flow_time", "decode_image"], "bfloat16": ["flow_time"]}
+FULL_PRECISION = {"float16": ("flow_time", "decode_image"), "bfloat16": ("flow_time",)}
 
 
 class NextToken(nn.Module):
@@ -55,7 +55,7 @@ def trace(
     """
     c = model.config
     flow = None if model.family.flow is None else model.family.flow(c)
-    context = min(512 + (flow.rows if flow else 0), c.max_position_embeddings) if context is None else context
+    context = min(512 + (flow.tokens if flow else 0), c.max_position_embeddings) if context is None else context
     for name, value in (("batch", batch), ("images", images), ("context", context)):
         if value < (0 if name == "images" else 1):
             raise ValueError(f"{name} is {value}, expected a positive number")
@@ -82,58 +82,59 @@ def trace(
     among = model.family.cross is None  # images lie among the rows of the text
     apart = ("embed", "language_model", "head", "next_token", *PAINTING)
     head = (Call("head"),) if "head" in specs else ()
-    schedule: tuple[Call | Loop, ...] = (
-        *(Call(name) for name in specs if name not in apart),
-        Loop(
-            (
-                Call("embed", {"ids": "chunk.ids"}),
-                Call("language_model", {"visual": "chunk.visual"} if among else {}),
-                *head,
+    schedule = Schedule(
+        (
+            *(Call(name) for name in specs if name not in apart),
+            Loop(
+                (
+                    Call("embed", {"ids": "chunk.ids"}),
+                    Call("language_model", {"visual": "chunk.visual"} if among else {}),
+                    *head,
+                ),
+                over="chunks",
             ),
-            over="chunks",
-        ),
-        Loop(
-            (
-                Call("next_token"),
-                Call("embed"),
-                Call("language_model", {"visual": "no_visual"} if among else {}),
-                *head,
+            Loop(
+                (
+                    Call("next_token"),
+                    Call("embed"),
+                    Call("language_model", {"visual": "no_visual"} if among else {}),
+                    *head,
+                ),
+                trips="max_new_tokens",
+                until="done",
             ),
-            trips="max_new_tokens",
-            until="done",
-        ),
+        )
     )
-    info = {
-        "family": model.family.name,
-        "image_id": model.image_id,
-        "image_marker": model.family.image_marker,
-        "rows_per_image": c.rows_per_image,
-        "max_frames": getattr(c, "max_frames", None),
-        "flow": None if flow is None else dataclasses.asdict(flow),
-        "full_precision_stages": FULL_PRECISION if flow else {},
-        "full_precision_values": ["latents", "time", "velocity", "image"] if flow else [],
-        "cross": None if among else dataclasses.asdict(model.family.cross(c)),  # type: ignore[misc]
-        "hidden_size": c.hidden_size,
-        "vocab_size": c.vocab_size,
-        "layers": c.num_hidden_layers,
-        "kv_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "bos_id": c.bos_token_id,
-        "eos_ids": eos,
-        "batch": batch,
-        "images": images,
-        "context": context,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch_dtype": model.dtype,
-        "processing": model.processing,
-        "directory": str(model.directory) if model.directory else None,
-        "tokenizer": model.tokenizer,
-    }
-    painting = painting_of(traced) if flow else ()
-    return Program(traced, schedule, weights, state, info, model.has_weights, painting).drop_unused()
+    info = ModelInfo(
+        family=model.family.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        image_id=model.image_id,
+        image_marker=model.family.image_marker,
+        tokens_per_image=c.tokens_per_image,
+        image_embed_width=c.hidden_size,
+        hidden_size=c.hidden_size,
+        vocab_size=c.vocab_size,
+        layers=c.num_hidden_layers,
+        kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        bos_id=c.bos_token_id,
+        eos_ids=tuple(eos),
+        batch=batch,
+        images=images,
+        context=context,
+        max_frames=getattr(c, "max_frames", None),
+        cross=None if model.family.cross is None else model.family.cross(c),
+        flow=flow,
+        full_precision_stages=FULL_PRECISION if flow else {},
+        full_precision_values=("latents", "time", "velocity", "image") if flow else (),
+        processing=Processing(**model.processing),
+    )
+    source = Source(str(model.directory) if model.directory else None, model.tokenizer)
+    schedules = Schedules(schedule, generation_of(traced) if flow else Schedule())
+    return Program(traced, schedules, weights, state, info, model.has_weights, source).drop_unused()
 
 
-def painting_of(stages: dict[str, Stage]) -> tuple[Call | Loop, ...]:
+def generation_of(stages: dict[str, Stage]) -> Schedule:
     """The reference's sampler: each step reads the prompt again, both halves of the guidance do everything apart."""
     caches = {o: f"image.{o}" for o in stages["language_model"].outputs if o != "hidden"}
     rows: dict[str, str | Cat] = {"visual": Cat(1, ("prompt.text", "time_row")), "text": "tokens"}
@@ -144,8 +145,6 @@ def painting_of(stages: dict[str, Stage]) -> tuple[Call | Loop, ...]:
         Call("language_model", rows | host, caches),
         Call("flow_decode"),
     )
-    return (
-        Call("embed", {"ids": "prompt.ids", "text": "prompt.text"}),
-        Loop(step, trips="steps", update=("latents", "velocity")),
-        *([Call("decode_image")] if "decode_image" in stages else []),
-    )
+    items: list[Call | Loop] = [Call("embed", {"ids": "prompt.ids", "text": "prompt.text"})]
+    items.append(Loop(step, trips="steps", update=("latents", "velocity")))
+    return Schedule([*items, Call("decode_image")] if "decode_image" in stages else items)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""From a module to a stage: torch.export at example sizes, lifted to canonical operators."""
 
 from __future__ import annotations
 

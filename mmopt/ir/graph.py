@@ -7,6 +7,7 @@ expressions of named symbols (``nv``, ``nt``, ``B`` ...), never as nodes. Each n
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +16,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from mmopt.ir import ops  # noqa: F401  (defines the operators of `torch.ops.mmopt`)
+import mmopt.ir.ops  # noqa: F401  registers the operators named below
+from mmopt.spec.model_info import ModelInfo
 
 aten = torch.ops.aten
 
@@ -39,17 +41,6 @@ ATTENTION, CACHED_ATTENTION, ROTARY = (
 
 CROSS_ATTENTION, SEGMENT_ATTENTION = mm.cross_attention.default, mm.segment_attention.default
 
-GROUP_NORM, PIXEL_SHUFFLE = aten.group_norm.default, aten.pixel_shuffle.default
-
-REDUCTIONS = {  # -> the argument that says along which dimensions
-    aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.amax.default: 1, aten.amin.default: 1,
-    aten.linalg_vector_norm.default: 2,
-}  # fmt: skip
-
-UPSAMPLE = {aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec}
-
-HEAVY = {LINEAR, CONV2D, ATTENTION, CACHED_ATTENTION, CROSS_ATTENTION, SEGMENT_ATTENTION}
-
 
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of a named size. ``nv`` (visual rows) may be zero, every other size is at least one."""
@@ -68,6 +59,11 @@ def simplify(size: Any) -> Size:
     return int(size)
 
 
+def torch_dtype(info: ModelInfo) -> torch.dtype:
+    """That of a model's weights."""
+    return getattr(torch, info.dtype)
+
+
 def shape_of(node: Node) -> tuple[Size, ...]:
     return node.meta["shape"]
 
@@ -75,6 +71,32 @@ def shape_of(node: Node) -> tuple[Size, ...]:
 def several(dtype: Any) -> bool:
     """True for the dtype of an operator with several outputs: then its shape is a list of shapes."""
     return isinstance(dtype, tuple)
+
+
+class Sizes:
+    """Puts numbers in for the symbols of shapes, given by name. ValueError names symbols that have none."""
+
+    def __init__(self, values: dict[str, int]):
+        self.values = values
+        self.known: dict[sympy.Expr, int] = {}
+
+    def __call__(self, size: Size) -> int:
+        if not isinstance(size, sympy.Expr):
+            return int(size)
+        if size not in self.known:
+            numbers: dict[Any, int | None] = {s: self.values.get(str(s)) for s in size.free_symbols}
+            if missing := sorted(str(s) for s, x in numbers.items() if x is None):
+                raise ValueError(f"size {size}: no number is given for {', '.join(missing)}")
+            self.known[size] = int(size.subs(numbers))
+        return self.known[size]
+
+    def shape(self, n: Node) -> tuple[int, ...]:
+        """Shape of a node; of the first output if it has several."""
+        shape: Any = shape_of(n)[0] if several(n.meta["dtype"]) else shape_of(n)
+        return tuple(self(s) for s in shape)
+
+    def count(self, n: Node) -> int:
+        return math.prod(self.shape(n))
 
 
 def is_pointwise(op: Any) -> bool:

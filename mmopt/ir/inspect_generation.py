@@ -1,4 +1,4 @@
-"""What a painting schedule costs, counted on shapes: one image of a prompt, by the reference's number of steps."""
+"""What a image schedule costs, counted on shapes: one image of a prompt, by the reference's number of steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import sympy
 
-from mmopt.ir.cost import Sizes, Work, count_work
-from mmopt.ir.graph import shape_of
+from mmopt.ir.cost import Work, count_work
+from mmopt.ir.graph import Sizes, shape_of
 from mmopt.ir.program import Program
 from mmopt.spec.schedule import Call, Cat, Loop, is_cache, table_of
 
@@ -21,22 +21,22 @@ class Count:
 
     def __init__(self, program: Program, length: int, images: int, steps: int):
         self.program, self.steps, self.images = program, steps, images
-        info, flow = program.info, program.info["flow"]
+        info, flow = program.info, program.info.required_flow
         both = 2 * images
         rows = length - 1
-        if length < 2 or rows + 1 + flow["rows"] > info["context"]:
+        if length < 2 or rows + 1 + flow.tokens > info.context:
             raise ValueError(
-                f"a prompt of {length} ids and an image of {flow['rows'] + 1} rows do not fit a context of "
-                f"{info['context']}: a prompt has at least two ids"
+                f"a prompt of {length} ids and an image of {flow.tokens + 1} rows do not fit a context of "
+                f"{info.context}: a prompt has at least two ids"
             )
         # (samples, rows of the prompt that are fed) of each half of the guidance
-        compact = flow.get("compact", False)
+        compact = flow.compact
         self.halves = [(images, rows), (images, 1)] if compact and rows > 1 else [(both, rows)]
         self.values: dict[str, Shape] = {
-            "latents": (images, *flow["latents"]),
+            "latents": (images, *flow.latents),
             "prompt.ids": (both, rows),
-            "prompt.seen": (both, info["context"]),
-            "no_rows": (both, 0, info["hidden_size"]),
+            "prompt.seen": (both, info.context),
+            "no_rows": (both, 0, info.hidden_size),
             "steps.time": (steps,),
         }
         self.values |= {k: (both,) for k in ("prompt.begin", "prompt.end", "prompt.offset", "image.offset")}
@@ -47,7 +47,7 @@ class Count:
         self.calls: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
-        for item in self.program.painting:
+        for item in self.program.schedules.image:
             if isinstance(item, Loop):
                 for call in item.body:
                     self.call(call, self.steps)
@@ -76,7 +76,7 @@ class Count:
         work, rows = Work(), 0
         for samples, fed in self.halves if cached else [(sizes["B"], 0)]:
             own = dict(sizes, B=samples)
-            if cached and call.source("text") == "prompt.text" and self.program.info["flow"].get("compact"):
+            if cached and call.source("text") == "prompt.text" and self.program.info.required_flow.compact:
                 own["nt"] = fed
             before = self.filled.get(str(past), fed) if cached else 0
             work = added(work, count_work(stage, own, before))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmopt.ir.graph import shape_of
+from mmopt.ir.graph import shape_of, torch_dtype
 from mmopt.ir.stage import Stage
-from mmopt.spec.cross_mask import Seen, Sight, gather, seen_inputs, segment_inputs, segments
-from mmopt.spec.prompt import Chunk, plan, told_of_images
+from mmopt.spec.cross_mask import CrossMask, VisibleTiles, gather, seen_inputs, segment_inputs, segments
+from mmopt.spec.model_info import ModelInfo
+from mmopt.spec.prompt import Chunk, layout_prompts, position_deltas
 from mmopt.spec.schedule import Call, Loop
 
 Observer = Callable[[str, Call, dict[str, Tensor], Chunk | None], None]
@@ -26,7 +27,7 @@ class Interpreter:
     schedule: tuple[Call | Loop, ...]
     weights: dict[str, Tensor]
     state: dict[str, tuple[tuple, torch.dtype]]
-    info: dict[str, Any]
+    info: ModelInfo
     slots: bool  # the language model may be told to leave slots of its cache out
 
     def run(
@@ -43,7 +44,7 @@ class Interpreter:
         tiles: list[int] | None,
     ) -> dict[str, Any]:
         """See `Program.__call__`."""
-        chunks = plan(prompts, self.info, max_new_tokens, images)
+        chunks = layout_prompts(prompts, self.info, max_new_tokens, images)
         wanted = sum(len(c.images) for c in chunks)
         given = 0 if pixel_values is None else len(pixel_values)
         if wanted > given:
@@ -56,13 +57,9 @@ class Interpreter:
         values |= self._seen(len(prompts))
         values["images_read"] = torch.zeros(len(prompts), dtype=torch.int64)
         if pixel_values is not None:
-            values["pixel_values"] = as_frames(self.stages, self.info, pixel_values.to(self.info["torch_dtype"]))
+            values["pixel_values"] = as_frames(self.stages, self.info, pixel_values.to(torch_dtype(self.info)))
             values |= image_inputs or {}
-        media = (
-            None
-            if self.info.get("cross") is None
-            else Media(self.stages, self.schedule, self.info, chunks, before, tiles)
-        )
+        media = None if self.info.cross is None else Media(self.stages, self.schedule, self.info, chunks, before, tiles)
         tokens: list[Tensor] = []
         for item in self.schedule:
             if media:
@@ -98,23 +95,23 @@ class Interpreter:
         """One chunk of one sample: carried values are that sample's row of the batch, put back afterwards."""
         lane = slice(chunk.sample, chunk.sample + 1)
         local = {k: v[lane] if k in self.state else v for k, v in values.items()}
-        width = self.info.get("row_width", self.info["hidden_size"])
+        width = self.info.image_embed_width
         before = values["images_read"][lane].clone()
         values["images_read"][lane] += len(chunk.images)
-        told = told_of_images(before, values["images_read"][lane].clone(), self.info)
+        told = position_deltas(before, values["images_read"][lane].clone(), self.info)
         local |= {f"chunk.{k}": v for k, v in told.items()}
         if media:
             local |= media.of_chunk(chunk, values)
             visual = None
         elif chunk.images:
-            if values["image_rows"].shape[1:] != (self.info["rows_per_image"], width):
+            if values["image_rows"].shape[1:] != (self.info.tokens_per_image, width):
                 raise ValueError(
                     f"image_rows have shape {tuple(values['image_rows'].shape)}, expected (N, "
-                    f"{self.info['rows_per_image']}, {width})"
+                    f"{self.info.tokens_per_image}, {width})"
                 )
             visual = values["image_rows"][list(chunk.images)].reshape(1, -1, width)
         else:
-            visual = torch.zeros(1, 0, width, dtype=self.info["torch_dtype"])
+            visual = torch.zeros(1, 0, width, dtype=torch_dtype(self.info))
         local |= {"chunk.ids": torch.tensor([chunk.ids]), "chunk.visual": visual} | self._seen(1)
         for call in loop.body:
             self._call(call, local, "prefill", observe, chunk)
@@ -128,10 +125,10 @@ class Interpreter:
     def _decode(
         self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe, media: Media | None
     ) -> None:
-        width = self.info.get("row_width", self.info["hidden_size"])
-        values |= told_of_images(values["images_read"], values["images_read"], self.info)
+        width = self.info.image_embed_width
+        values |= position_deltas(values["images_read"], values["images_read"], self.info)
         batch = values["logits"].shape[0]
-        values["no_visual"] = torch.zeros(batch, 0, width, dtype=self.info["torch_dtype"])
+        values["no_visual"] = torch.zeros(batch, 0, width, dtype=torch_dtype(self.info))
         ended = torch.zeros(batch, 1, dtype=torch.bool)
         for trip in range(trips):
             for call in loop.body:
@@ -151,13 +148,13 @@ class Interpreter:
     def _until_end(self, tokens: list[Tensor], batch: int, ignore_eos: bool) -> list[list[int]]:
         rows = torch.cat(tokens, 1).tolist() if tokens else [[] for _ in range(batch)]
         for row in rows if not ignore_eos else []:
-            end = next((i for i, t in enumerate(row) if t in self.info["eos_ids"]), None)
+            end = next((i for i, t in enumerate(row) if t in self.info.eos_ids), None)
             if end is not None:
                 del row[end + 1 :]
         return rows
 
 
-def as_frames(stages: dict[str, Stage], info: dict[str, Any], pixel_values: Tensor) -> Tensor:
+def as_frames(stages: dict[str, Stage], info: ModelInfo, pixel_values: Tensor) -> Tensor:
     """Images as videos of one frame, if the image stages take videos. ValueError if there are too many frames."""
     nodes = (s.input_nodes().get("pixel_values") for s in stages.values())
     wanted = next((shape_of(n) for n in nodes if n is not None), ())
@@ -165,7 +162,7 @@ def as_frames(stages: dict[str, Stage], info: dict[str, Any], pixel_values: Tens
         return pixel_values
     if pixel_values.dim() == len(wanted) - 1:
         pixel_values = pixel_values[:, None]
-    most = info.get("max_frames")
+    most = info.max_frames
     if most is not None and pixel_values.shape[1] > most:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} frames, the model takes at most {most}")
     return pixel_values
@@ -178,17 +175,19 @@ class Media:
         self,
         stages: dict[str, Stage],
         schedule: tuple[Call | Loop, ...],
-        info: dict[str, Any],
+        info: ModelInfo,
         chunks: list[Chunk],
         before: list[int] | None,
         tiles: list[int] | None,
     ):
-        self.info, self.blocks = info, info["cross"]["blocks"]
+        self.info, self.blocks = info, info.required_cross.tiles
         self.of_sample = [c.images for c in chunks]
         self.sights = []
         for b, c in enumerate(chunks):
             counted = None if tiles is None else [tiles[i] for i in c.images]
-            self.sights.append(Sight(self.info, len(c.images), counted, before[b] if before else 0))
+            self.sights.append(
+                CrossMask(self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0)
+            )
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
         for call in (i for i in schedule if not hasattr(i, "body")):
@@ -196,15 +195,15 @@ class Media:
                 self.apart |= {call.target(n) for n in stages[call.stage].outputs}
         looped = {c.stage for i in schedule if hasattr(i, "body") for c in i.body}
         self.masked = any(self.apart & set(stages[name].inputs) for name in looped)  # over all blocks
-        self.segmented: dict[str, str] = self.info.get("segments", {})
+        self.segmented: dict[str, str] = self.info.cross_kv
 
     def lay_out(self, values: dict[str, Any]) -> None:
         """`media`: the blocks of each sample's images side by side, as soon as the images are encoded."""
         if "media" in values or ("image_rows" not in values and any(self.of_sample)):
             return
         rows: Any = values.get("image_rows")
-        shape = (self.info["cross"]["rows"], self.info["cross"]["width"])
-        media = torch.zeros(len(self.of_sample), self.most, *shape, dtype=self.info["torch_dtype"])
+        shape = (self.info.required_cross.tokens, self.info.required_cross.width)
+        media = torch.zeros(len(self.of_sample), self.most, *shape, dtype=torch_dtype(self.info))
         for b, images in enumerate(self.of_sample):
             if images:
                 media[b, : len(images) * self.blocks] = rows[list(images)].flatten(0, 1)
@@ -224,11 +223,11 @@ class Media:
             raise ValueError("a sample that sees none of its images beside samples with another number: run them apart")
         return self._seen(rows, {k: values[k] for k in self.apart if k in values}, counts)
 
-    def _seen(self, rows: list[list[Seen]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
+    def _seen(self, rows: list[list[VisibleTiles]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
         given = seen_inputs(rows, apart["media"].shape[1])
         if not self.segmented:
             return {k: torch.from_numpy(x) for k, x in given.items()}
-        keys = self.info["cross"]["rows"]
+        keys = self.info.required_cross.tokens
         chosen = segments(rows, keys)
         made = {k: torch.from_numpy(x) for k, x in (given | segment_inputs(chosen, keys)).items()}
         for k, kind in self.segmented.items():

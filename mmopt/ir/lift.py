@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from mmopt.ir import ops
 from mmopt.ir.graph import ARANGE, ATTENTION, EXPAND, FULL, PERMUTE, SLICE, Builder, aten, shape_of, simplify
 
 IDENTITY = {"contiguous", "clone", "dropout", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh", "dropout_"}
@@ -113,7 +114,9 @@ class Lift:
             return self.b.item(made, n.args[1], self.shape(n), val.dtype)
         if not isinstance(n.target, torch._ops.OpOverload):
             return None
-        name = n.target._schema.name.split("::")[1]
+        space, name = n.target._schema.name.split("::")
+        if space == "mmopt" and n.target not in ops.PLAIN:
+            raise ValueError(f"{n.name}: operator {n.target} is not defined in mmopt/ir/ops.py")
         bound = self.bind(n)
         if name in NO_EFFECT:
             return None

@@ -5,6 +5,9 @@ and the operator that reads it. Called from ordinary PyTorch code they run their
 ``torch.compile`` see nothing special); under ``torch.export`` they stay one node each.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,46 +132,33 @@ def _segment_attention(
     return torch.cat([out, out.new_zeros(1, out.shape[1])])[row_segments]
 
 
-_cross_attention_op = torch.library.custom_op("mmopt::cross_attention", _cross_attention, mutates_args=())
-_segment_attention_op = torch.library.custom_op("mmopt::segment_attention", _segment_attention, mutates_args=())
-_attention_op = torch.library.custom_op("mmopt::attention", _attention, mutates_args=())
-_rotary_op = torch.library.custom_op("mmopt::rotary", _rotary, mutates_args=())
-_cached_attention_op = torch.library.custom_op("mmopt::cached_attention", _cached_attention, mutates_args=())
+# Operator -> its plain definition, which has gradients (the operators have none).
+PLAIN: dict[Any, Callable] = {}
 
 
-# The plain definitions have gradients, the operators have none.
-PLAIN = {
-    torch.ops.mmopt.cross_attention.default: _cross_attention,
-    torch.ops.mmopt.segment_attention.default: _segment_attention,
-    torch.ops.mmopt.attention.default: _attention,
-    torch.ops.mmopt.rotary.default: _rotary,
-    torch.ops.mmopt.cached_attention.default: _cached_attention,
-}
+def define(plain: Callable, fake: Callable) -> None:
+    """Make ``torch.ops.mmopt.NAME`` of a function ``_NAME``. Its annotations are the operator's schema.
+
+    plain: what the operator computes, in PyTorch. fake: the same arguments -> empty tensors of the results' shapes.
+    """
+    name = plain.__name__.removeprefix("_")
+    torch.library.custom_op(f"mmopt::{name}", plain, mutates_args=()).register_fake(fake)
+    PLAIN[getattr(torch.ops.mmopt, name).default] = plain
 
 
-@_attention_op.register_fake
-def _(q, k, v, heads, kv_heads, key_mask=None, causal=False, scale=None):
+def _like_q(q: Tensor, *others: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@_rotary_op.register_fake
-def _(x, cos, sin, heads):
-    return torch.empty_like(x)
-
-
-@_cross_attention_op.register_fake
-def _(q, k, v, seen, attends, heads, kv_heads, scale=None):
-    return q.new_empty(q.shape)
-
-
-@_segment_attention_op.register_fake
-def _(q, k, v, segment_rows, row_segments, heads, kv_heads, key_mask=None, scale=None):
-    return q.new_empty(q.shape)
-
-
-@_cached_attention_op.register_fake
-def _(q, k, v, key_cache, value_cache, past, heads, kv_heads, scale=None, slopes=None, key_mask=None):
+def _like_q_and_caches(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, *others: Any) -> tuple:
     return q.new_empty(q.shape), torch.empty_like(key_cache), torch.empty_like(value_cache)
+
+
+define(_attention, _like_q)
+define(_rotary, lambda x, cos, sin, heads: torch.empty_like(x))
+define(_cached_attention, _like_q_and_caches)
+define(_cross_attention, _like_q)
+define(_segment_attention, _like_q)
 
 
 def attention(q, k, v, heads, kv_heads, key_mask=None, causal=False, scale=None):

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from mmopt.ir.stage import Stage
-from mmopt.spec.schedule import Call, Loop, is_cache
+from mmopt.spec.schedule import Call, Loop, Schedules, is_cache
 
 
 def op_name(n: Node) -> str:
@@ -63,9 +63,7 @@ def stage_text(stage: Stage) -> str:
     return f"({ins}):\n" + "\n".join([*lines, f"  return {outs}"])
 
 
-def program_text(
-    stages: dict[str, Stage], schedule: tuple[Call | Loop, ...], painting: tuple[Call | Loop, ...] = ()
-) -> str:
+def program_text(stages: dict[str, Stage], schedules: Schedules) -> str:
     def call(c: Call) -> str:
         renamed = "".join(f", {k}={v}" for k, v in sorted(c.rename.items()))
         caches = [k for k in c.writes if is_cache(k)]
@@ -75,7 +73,7 @@ def program_text(
         )
 
     lines: list[str] = []
-    for title, items in (("schedule", schedule), ("painting", painting)):
+    for title, items in (("schedule", schedules.text), ("painting", schedules.image)):
         lines += [f"{title}:"] if items else []
         for item in items:
             if isinstance(item, Loop):

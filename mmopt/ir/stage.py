@@ -1,4 +1,4 @@
-"""TODO."""
+"""A stage: one graph with named inputs and outputs, and how one operator is evaluated."""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""TODO"""
+"""Speed, memory and quality, paired in one run.
+
+In: models, Programs, engines, tasks.
+Out: result records, tables, plots.
+"""

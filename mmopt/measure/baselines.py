@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mmopt.ir import ops
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import (
     ADD,
     ATTENTION,
@@ -190,8 +191,8 @@ class _Writer:
         if n.target is operator.getitem:
             return self.env[n.args[0]] if n.args[1] == 0 else None  # type: ignore[index]  # caches are written in place
         if n.target is CACHED_ATTENTION:
-            q, k, v, keys, values, _, heads, kv_heads, scale, slopes = (*n.args, None, None)[:10]
-            return self.call(attention_in_place, q, k, v, keys, values, self.past, heads, kv_heads, scale, slopes)
+            a = CachedAttention.of(n)._replace(past=self.past)  # a number here; nothing but causality hides a slot
+            return self.call(attention_in_place, *a[:-1])
         if n.target is WHERE and n.args[1] not in self.env:
             return self.select(n, routing)
         if n.target is SLICE:

@@ -6,10 +6,8 @@ machine then hurts all alike. The minimum is the figure least disturbed by other
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ import torch._inductor.config
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model, load
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.program import Program
 from mmopt.measure import memory as memory_of
 from mmopt.measure.baselines import ROUTINGS, Shared
+from mmopt.measure.head import head
 from mmopt.measure.ratios import ratios_of, rows_of, shares_of, work_of
 from mmopt.measure.roofline import in_rounds, summary, timed
 from mmopt.measure.torch_stages import TorchStages
@@ -131,7 +131,7 @@ class _Bench:
             self.skipped["compiled"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
 
     def _export(self) -> None:
-        path = export(self.optimized, self.directory / "engine", target="onnx", dtype=self.info["torch_dtype"])
+        path = export(self.optimized, self.directory / "engine", target="onnx", dtype=torch_dtype(self.info))
         try:
             engine = Engine(path, provider=self.device.type, threads=self.threads)
         except ValueError as e:  # this ONNX Runtime has no such provider
@@ -143,7 +143,7 @@ class _Bench:
         """All stages of all variants, and the limits of the machine, in interleaved rounds."""
         calls = {(s, name): _call(v, s, self.device) for s in STAGES for name, v in self.variants.items()}
         self.times, limits = in_rounds(
-            calls, rounds, self.device, self.info["torch_dtype"], self.threads, tell, REPEATS.__getitem__, limit_bytes
+            calls, rounds, self.device, torch_dtype(self.info), self.threads, tell, REPEATS.__getitem__, limit_bytes
         )
         self.limits = summary(limits)
 
@@ -162,11 +162,12 @@ class _Bench:
         rows = rows_of(self.times, list(self.variants), new_tokens)
         work = work_of(self.optimized, self.inputs, new_tokens)
         i = self.inputs
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
-            **conditions(self.device, self.threads, self.info),
+            **head("stages", self.threads, self.info.dtype, gpu=gpu),
             "sizes": {
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "context": self.info["context"],
+                "context": self.info.context,
                 "filled": i.filled,
                 "prompt": {"leading_text": i.leading, "image": i.image_rows, "text": len(i.ids) - i.leading},
                 "new_tokens": new_tokens,
@@ -248,26 +249,10 @@ def agreement(variants: dict[str, Any], program: Program) -> dict[str, dict[str,
             value = torch.as_tensor(variant.logits())
             reference = expected.setdefault(stage, value)
             found.setdefault(name, {})[stage] = float((value - reference).abs().max())
-            dtype = program.info["torch_dtype"]
+            dtype = program.dtype
             if wrong := difference(reference.to(dtype), value.to(dtype)):
                 error, allowed = wrong
                 raise ContractError(
                     f"{stage}: the logits of {name} differ from eager's by {error:.3g}, allowed {allowed:.3g}", program
                 )
     return found
-
-
-def conditions(device: torch.device, threads: int, info: dict[str, Any]) -> dict[str, Any]:
-    """What a figure is worth nothing without: device, threads, dtype and versions."""
-    versions = {"python": platform.python_version()} | {p: version(p) for p in ("torch", "onnxruntime")}
-    return {"device": device_name(device), "threads": threads, "dtype": info["dtype"], "versions": versions}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or "cpu"
-    )

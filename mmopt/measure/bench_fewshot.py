@@ -19,9 +19,10 @@ import torch._inductor.config as inductor
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import SHOT, inspect
 from mmopt.measure.baselines import Shared, torch_stage
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.passes.fuse_cross_attention import FuseCrossAttention
@@ -32,7 +33,7 @@ from mmopt.runtime.images import Image
 from mmopt.runtime.kv_cache import Cache
 from mmopt.runtime.lru_cache import Store
 from mmopt.runtime.request import Request
-from mmopt.spec.cross_mask import seen_inputs, visible
+from mmopt.spec.cross_mask import seen_inputs, visible_tiles
 
 ENGINES = {
     "passes off": "engine of the Program as traced: K and V of all images in each call, one mask over all of them",
@@ -99,13 +100,13 @@ class _Bench:
         for name, program in self.programs.items():
             tell(f"exporting, {name}")
             path = export(program, directory / name.replace(" ", "-"), check=False)
-            self.engines[name] = Engine(path, provider="cpu", threads=threads, keep_bytes=4 << 30)
+            self.engines[name] = Engine(path, provider="cpu", threads=threads, cache_bytes=4 << 30)
         self.info = self.plain.info
         random = np.random.default_rng(0)
-        size = self.engines["passes on"].decoder.pixels["shape"][1:]
+        size = self.engines["passes on"].decoder.pixels.sizes()
         self.pictures = list(random.integers(0, 256, (images, *size[-2:], 3), np.uint8))
-        text = random.integers(3, min(self.info["vocab_size"], self.info["image_id"]), SHOT * images).tolist()
-        text[::SHOT] = [self.info["image_id"]] * images
+        text = random.integers(3, min(self.info.vocab_size, self.info.image_id), SHOT * images).tolist()
+        text[::SHOT] = [self.info.image_id] * images
         self.text, self.token = text, int(text[1])
         tell("encoding images")
         self.ready = {n: e._ready(self.pictures)[0] for n, e in self.engines.items()}
@@ -158,7 +159,9 @@ class _Bench:
             for x, (shape, kind) in self.plain.state.items()
         }
         tiles = [i.tiles for i in self.ready["passes off"][: k + 1]]
-        seen = visible(self.text[:n], k + 1, info, tiles=None if tiles[0] is None else tiles)  # type: ignore[arg-type]
+        seen = visible_tiles(
+            self.text[:n], k + 1, info.required_cross, info.image_id, tiles=None if tiles[0] is None else [int(t) for t in tiles if t]
+        )  # type: ignore[arg-type]
         embed, language = self.plain.stages["embed"], self.plain.stages["language_model"]
         for stage, ids, visible_rows, past in (
             ("prefill", self.text[:n], seen, 0),
@@ -242,19 +245,18 @@ class _Bench:
     # --------------------------------------------------------------------------------------------------------- results
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        dtype, stages = self.info["torch_dtype"], list(dict.fromkeys(s for s, _ in self.calls))
+        dtype, stages = torch_dtype(self.info), list(dict.fromkeys(s for s, _ in self.calls))
         times, limits = in_rounds(
             self.calls, rounds, cpu, dtype, self.threads, self.tell, lambda s: DECODES if s.startswith("decode") else 1
         )
         flat = {key: [t for r in rounds_of for t in r] for key, rounds_of in times.items()}
         rows = [{"stage": s, "variant": n, **spread(flat[s, n])} for s in stages for (t, n) in self.calls if t == s]
         return {
-            "kind": "few-shot",
-            **conditions(cpu, self.threads, self.info),
+            **head("few-shot", self.threads, self.info.dtype),
             "sizes": {
-                "family": self.info["family"],
+                "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "context": self.info["context"],
+                "context": self.info.context,
                 "rounds": rounds,
                 "shots": self.shots,
             },

@@ -19,8 +19,9 @@ import torch
 from mmopt.exporters.onnx import export
 from mmopt.frontend.load import Model
 from mmopt.frontend.trace import trace
+from mmopt.ir.graph import torch_dtype
 from mmopt.ir.inspect import inspect
-from mmopt.measure.bench import conditions
+from mmopt.measure.head import head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.passes.hoist_invariants import HoistInvariants
@@ -48,7 +49,7 @@ NOTES = (
 )  # fmt: skip
 
 
-def bench_painting(
+def bench_generation(
     model: Model,
     lengths: Sequence[int] = (32, 128),
     rounds: int = 5,
@@ -80,7 +81,7 @@ class _Bench:
         self.model, self.lengths, self.threads, self.tell = model, lengths, threads, tell
         tell("tracing")
         flow = model.family.flow(model.config)  # type: ignore[misc]
-        plain = trace(model, batch=1, images=1, context=lengths[-1] + flow.rows)
+        plain = trace(model, batch=1, images=1, context=lengths[-1] + flow.tokens)
         tell("optimizing")
         cached = run_passes(plain, [SplitCalls(), HoistInvariants()], check=False).program
         self.programs = dict(zip(ENGINES, (plain, cached, run_passes(plain, check=False).program), strict=True))
@@ -98,17 +99,17 @@ class _Bench:
         self.calls: dict[tuple[str, str], Callable[[], Any]] = {}
         self.agreement: dict[str, dict[str, float]] = {}
         for length in lengths:
-            prompt = random.integers(3, self.info["vocab_size"], length).tolist()
+            prompt = random.integers(3, self.info.vocab_size, length).tolist()
             stage, made = f"image, prompt of {length} ids", {}
             for name, plan in self.plans.items():
                 tell(f"{stage}: {name}")
                 engine = engines.get(name, engines["exact passes"])
-                call = partial(engine.paint, [prompt], solver=plan, noise=noise)
+                call = partial(engine.generate_images, [prompt], solver=plan, noise=noise)
                 self.calls[stage, name] = call
                 made[name] = call().latents
             if eager:
                 tell(f"{stage}: eager")
-                again = partial(plain.paint, [prompt], torch.from_numpy(noise), euler)
+                again = partial(plain.generate_images, [prompt], torch.from_numpy(noise), euler)
                 self.calls[stage, "eager"] = again
                 made["eager"] = again()["latents"].numpy()
             self.compare(stage, made)
@@ -126,17 +127,16 @@ class _Bench:
 
     def measure(self, rounds: int) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        by_round, limits = in_rounds(self.calls, rounds, cpu, self.info["torch_dtype"], self.threads, self.tell)
+        by_round, limits = in_rounds(self.calls, rounds, cpu, torch_dtype(self.info), self.threads, self.tell)
         times = {key: [seconds for (seconds,) in each] for key, each in by_round.items()}
         return {
-            "kind": "painting",
-            **conditions(cpu, self.threads, self.info),
+            **head("image generation", self.threads, self.info.dtype),
             "sizes": {
-                "family": self.info["family"],
+                "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "rows": self.info["flow"]["rows"],
+                "tokens_per_image": self.info.required_flow.tokens,
                 "rounds": rounds,
-                "plans": {k: {"name": p.name, "passes": p.passes} for k, p in self.plans.items()},
+                "plans": {k: {"name": p.name, "forwards": p.forwards} for k, p in self.plans.items()},
             },
             "rows": [{"stage": s, "variant": n, **spread(t)} for (s, n), t in times.items()],
             "ratios": self.ratios(times),

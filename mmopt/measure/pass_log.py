@@ -58,8 +58,8 @@ class Cost:
 def count(program: Program) -> Cost:
     """Cost of a program, counted on shapes as `mmopt.inspect` does; without an image if none fits the context."""
     info = program.info
-    steps = plan_of(None, info).evaluations if program.painting else None
-    images = min(1, info["images"])
+    steps = plan_of(None, info).evaluations if program.schedules.image else None
+    images = min(1, info.images)
     try:
         found = inspect(program, batch=1, images=images, new_tokens=NEW_TOKENS, steps=steps)
     except ValueError:
@@ -70,10 +70,10 @@ def count(program: Program) -> Cost:
     counted = f"a prompt of {found['prompt']['rows']} tokens with {images or 'no'} image, {new} new tokens"
     if any(c["phase"] == "paint" for c in calls):
         counted += f", one generated image in {steps} steps"
-    if info.get("cross"):
-        visual = info["cross"]["blocks"] * info["cross"]["rows"]
+    if info.cross:
+        visual = info.cross.tiles * info.cross.tokens
     else:
-        visual = info["rows_per_image"] - info.get("rows_left_out_late", 0)
+        visual = info.tokens_per_image - info.cache_delta
     new_token = totals["decode_flops_per_token"], totals["decode_bytes_per_token"]
     return Cost(float(flops), float(read), *new_token, visual, counted)
 

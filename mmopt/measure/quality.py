@@ -1,4 +1,4 @@
-"""TODO."""
+"""How many questions of a task an engine or a Program answers right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmopt.measure.statistics import Score
 from mmopt.measure.task import METRICS, Sample, Task, quick
 from mmopt.processing.chat_template import ChatTemplate
 from mmopt.processing.tile_processor import processor_of
-from mmopt.processing.tokenizer import TextProcessor, _tokenizer
+from mmopt.processing.tokenizer import TextProcessor, write_tokenizer
 from mmopt.runtime.engine import Engine
 from mmopt.runtime.request import Request
 
@@ -30,17 +30,17 @@ class _ProgramReader(Engine):
     """Samples read as an engine reads them, by the same tokenizer and settings, and answered by a Program."""
 
     def __init__(self, program: Program):
-        self.program, self.info, self.directory = program, program.info, Path(program.info["directory"] or "")
-        self.dtype, self.provider, self.tensor = self.info["dtype"], "torch", torch.from_numpy
-        self.template = ChatTemplate.from_json(self.info["processing"]["chat"])
-        self.image_processor = processor_of(self.info["processing"]["image"])
+        self.program, self.info, self.directory = program, program.info, Path(program.source.directory or "")
+        self.dtype, self.provider, self.tensor = self.info.dtype, "torch", torch.from_numpy
+        self.template = ChatTemplate.from_json(self.info.processing.chat)
+        self.image_processor = processor_of(self.info.processing.image)
         self.decoder: Any = SimpleNamespace(takes_frames=program.as_frames(torch.zeros(1, 3, 1, 1)).dim() == 5)
         with tempfile.TemporaryDirectory() as folder:
-            name = _tokenizer(self.info, Path(folder))
+            name = write_tokenizer(program.source.directory, program.source.tokenizer, Path(folder))
             self._text = TextProcessor.of_model(Path(folder, name), self.info, self.template) if name else None
 
     def ask(self, sample: Sample) -> str:
-        ids = self._render([{"role": "user", "content": self.with_markers(sample.prompt, sample.images)}])
+        ids = self._render([{"role": "user", "content": self._with_markers(sample.prompt, sample.images)}])
         self._count_images(ids, len(sample.images))
         given: dict[str, Any] = {"max_new_tokens": sample.max_new_tokens}
         if sample.images:
@@ -50,7 +50,7 @@ class _ProgramReader(Engine):
         return self.text.decode(self.program([ids], **given)["tokens"][0])
 
 
-def quality(
+def evaluate(
     runner: Engine | Program, task: Task, limit: int | None = None, seed: int = 0, batch: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> Score:  # fmt: skip
@@ -63,7 +63,7 @@ def quality(
     if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     reader = runner if isinstance(runner, Engine) else _ProgramReader(runner)
-    size = 1 if isinstance(reader, _ProgramReader) else batch or reader.info["batch"]
+    size = 1 if isinstance(reader, _ProgramReader) else batch or reader.info.batch
     samples, made = list((task if limit is None else quick(task, limit, seed)).samples), []
     begin, groups = time.perf_counter(), [samples[i : i + size] for i in range(0, len(samples), size)]
     for group in track(groups, task.name, console=Console(stderr=True), transient=True, disable=progress is not True):

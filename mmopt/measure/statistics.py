@@ -1,4 +1,4 @@
-"""TODO."""
+"""Scores of a task with their intervals, and the paired comparison of two."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Difference:
         return f"{mean}, {self.wins} wins and {self.losses} losses on {self.samples} samples{p}"
 
 
-def paired(a: Score, b: Score, draws: int = 10000, seed: int = 0) -> Difference:
+def compare_scores(a: Score, b: Score, draws: int = 10000, seed: int = 0) -> Difference:
     """How much better `a` is than `b`. Raises ValueError unless both are of the same samples, scored alike."""
     if a.metric != b.metric:
         raise ValueError(f"scores by {a.metric} and by {b.metric} cannot be paired")

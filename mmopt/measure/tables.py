@@ -1,4 +1,4 @@
-"""TODO."""
+"""Results of benchmarks as text and as pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmopt.measure.head import conditions_text
 from mmopt.report import png_figure, save_png
 
 
@@ -83,24 +84,24 @@ def fewshot_text(result: dict[str, Any]) -> str:
     return file.getvalue()
 
 
-def painting_text(result: dict[str, Any]) -> str:
-    """What `mmopt.measure.bench_generation.bench_painting` returned, for people."""
+def generation_text(result: dict[str, Any]) -> str:
+    """What `mmopt.measure.bench_generation.bench_generation` returned, for people."""
     sizes, limits = result["sizes"], result["limits"]
     console, file = _begin(result)
     console.print(
-        f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; {sizes['rows']} rows an image; "
-        f"{sizes['rounds']} interleaved rounds"
+        f"{sizes['family']}, {sizes['parameters'] / 1e6:.1f} M parameters; {sizes['tokens_per_image']} tokens an image"
+        f"; {sizes['rounds']} interleaved rounds"
     )
     baselines = ("official", "prefix cached")
     heads = [f"x {b}{what}" for b in baselines for what in ("", ", paired")]
-    times = Table("stage", "variant", "plan", "passes", "min ms", "median", "p75", *heads)
+    times = Table("stage", "variant", "plan", "NFE", "min ms", "median", "p75", *heads)
     rows = result["rows"]
     for r, after in zip(rows, [*rows[1:], {"stage": None}], strict=True):
         plan = sizes["plans"].get(r["variant"], sizes["plans"]["official"])
         found = [result["ratios"][r["stage"]][f"{r['variant']} over {b}"] for b in baselines]
         ratios = [_ratio(f[k]) for f in found for k in ("minima", "paired_median")]
         spread = [f"{r[k]:.0f}" for k in ("min_ms", "median_ms", "p75_ms")]
-        cells = [r["stage"], r["variant"], plan["name"], str(plan["passes"]), *spread, *ratios]
+        cells = [r["stage"], r["variant"], plan["name"], str(plan["forwards"]), *spread, *ratios]
         times.add_row(*cells, end_section=after["stage"] != r["stage"])
     console.print(times)
     console.print(
@@ -118,8 +119,7 @@ def painting_text(result: dict[str, Any]) -> str:
 def _begin(result: dict[str, Any]) -> tuple[Console, io.StringIO]:
     """A console that writes to a text, which begins with the conditions of a benchmark."""
     console = Console(file=(file := io.StringIO()), width=120, markup=False, highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    console.print(f"{result['device']}, {result['threads']} threads, {result['dtype']}; {versions}")
+    console.print(conditions_text(result))
     return console, file
 
 

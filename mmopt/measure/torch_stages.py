@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch._inductor.config
 
-from mmopt.ir.graph import HEAVY
+from mmopt.ir.op_rules import rule_of
 from mmopt.ir.program import Program
 from mmopt.measure.baselines import Shared, torch_stage
 from mmopt.measure.variants import STAGES, Inputs
-from mmopt.spec.prompt import told_of_images
+from mmopt.spec.prompt import position_deltas
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TorchStages:
     """
 
     def __init__(self, program: Program, inputs: Inputs, routing: str | None, shared: Shared):
-        self.device, dtype = shared.device, program.info["torch_dtype"]
+        self.device, dtype = shared.device, program.dtype
         self.values: dict[str, torch.Tensor] = {
             k: torch.zeros([1 if s == "B" else s for s in shape], dtype=kind, device=self.device)
             for k, (shape, kind) in program.state.items()
@@ -63,8 +63,8 @@ class TorchStages:
         chunks = [(0, inputs.ids[:lead], 0, 0), (inputs.image_rows, inputs.ids[lead:], lead, 0)]
         if routing is not None:
             chunks = [(inputs.image_rows, inputs.ids, 0, lead)]
-        encode = [c.stage for c in program.schedule if not hasattr(c, "body")]
-        body = [c.stage for loop in program.schedule if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
+        encode = [c.stage for c in program.schedules.text if not hasattr(c, "body")]
+        body = [c.stage for loop in program.schedules.text if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
         self.steps: dict[str, list[Step]] = {
             "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
             "prefill": [self._chunk(program, s, c, shared, routing) for c in chunks for s in body],
@@ -73,9 +73,9 @@ class TorchStages:
 
     def _chunk(self, program: Program, stage: str, chunk: tuple, shared: Shared, routing: str | None) -> Step:
         rows, ids, past, leading = chunk
-        width, dtype = program.info.get("row_width", program.info["hidden_size"]), program.info["torch_dtype"]
+        width, dtype = program.info.image_embed_width, program.dtype
         before, after = int(past > 0 and not rows), int(past > 0 or rows > 0)  # a prompt of one image, then a token
-        told = told_of_images(before, after, program.info)
+        told = position_deltas(before, after, program.info)
         fixed: dict[str, Any] = {
             "ids": torch.tensor([ids], device=self.device),
             "past": torch.tensor([past], device=self.device),
@@ -90,7 +90,7 @@ class TorchStages:
         stage = program.stages[name]
         module = torch_stage(stage, program.weights, sizes, shared=shared, **options)
         outputs = [o for o in stage.outputs if o not in stage.inputs]
-        heavy = any(n.target in HEAVY for n in stage.graph.nodes)
+        heavy = any(rule_of(n.target).heavy for n in stage.graph.nodes)
         return Step(name, module, [fixed.get(i, i) for i in stage.inputs], outputs, heavy)
 
     def compile(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmopt.runtime.engine import Engine
 from mmopt.runtime.kv_cache import Cache
+from mmopt.spec.model_info import ModelInfo
 
 VARIANTS = ("eager", "compiled", "optimized", "engine")  # from the slowest on
 STAGES = ("encode", "prefill", "decode")
@@ -26,15 +27,15 @@ class Inputs:
     token: int
 
     @classmethod
-    def draw(cls, info: dict[str, Any], image: tuple[int, ...], seed: int = 0) -> Inputs:
+    def draw(cls, info: ModelInfo, image: tuple[int, ...], seed: int = 0) -> Inputs:
         """Random ones for an image of shape ``(channels, height, width)``. ValueError if the context is too small."""
-        filled, image_rows = info["context"] // 2, info["rows_per_image"]
+        filled, image_rows = info.context // 2, info.tokens_per_image
         text = filled - image_rows
         if text < 2:
             least = 2 * (image_rows + 2)
-            raise ValueError(f"context is {info['context']}, expected at least {least}: half of it, one image and text")
+            raise ValueError(f"context is {info.context}, expected at least {least}: half of it, one image and text")
         random = np.random.default_rng(seed)
-        ids = random.integers(3, info["vocab_size"], text + 1).tolist()
+        ids = random.integers(3, info.vocab_size, text + 1).tolist()
         pixels = random.standard_normal((1, *image), np.float32)
         return cls(pixels, ids[:-1], min(LEADING, text - 1), image_rows, ids[-1])
 
@@ -55,7 +56,7 @@ class EngineStages:
         self.engine, self.decoder = engine, engine.decoder
         size = engine.image_processor.size
         self.inputs = inputs or Inputs.draw(engine.info, (3, size, size))
-        self.prompt = self.inputs.prompt(engine.info["image_id"])
+        self.prompt = self.inputs.prompt(engine.info.image_id)
         self.cache = Cache(self.decoder.layout, 1)
         self.rows: Any = None
         self.last: Any = None

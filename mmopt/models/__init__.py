@@ -1,6 +1,8 @@
 """One file a family: its plain model code, its config, its stages and its recorded cases.
 
-In: a config.json and weights. Out: a torch module and the stages to trace. No other room knows a family's name.
+No other room knows a family's name.
+In: a config.json and weights.
+Out: a torch module and the stages to trace.
 """
 
 from __future__ import annotations

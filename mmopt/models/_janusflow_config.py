@@ -8,7 +8,7 @@ from typing import Any
 from mmopt.models._autoencoder import AutoencoderConfig, parse_autoencoder
 from mmopt.models._decoder_config import DecoderConfig, read_decoder_config
 from mmopt.models._family import read_config
-from mmopt.spec.manifest import Flow
+from mmopt.spec.model_info import Flow
 
 # The towers that a published config.json gives by name alone.
 TOWERS: dict[str, dict[str, Any]] = {
@@ -95,7 +95,7 @@ class Config:
     bos_token_id = property(lambda c: 1 if c.language.bos_token_id is None else c.language.bos_token_id)
 
     @property
-    def rows_per_image(self) -> int:
+    def tokens_per_image(self) -> int:
         """A learned row, then the patches."""
         return 1 + self.tower.patches
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmopt.ir import ops
 from mmopt.ir.capture import StageSpec, TensorSpec
 from mmopt.models._stages import Part, on_caches
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 
 Inputs = dict[str, TensorSpec | list[TensorSpec]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length of a text
@@ -256,7 +256,7 @@ class LanguageModel(nn.Module):
         return logits, past + text.shape[1], keys, values
 
 
-class WithSight(LanguageModel):
+class WithMask(LanguageModel):
     def forward(self, text, media, seen, attends, past, key_cache, value_cache):
         return self.run(text, media, (seen, attends, None), past, key_cache, value_cache)
 
@@ -276,7 +276,7 @@ def text_stages(
     cache = [TensorSpec(("B", c.num_key_value_heads, capacity, c.head_dim), dtype)] * c.num_hidden_layers
     inputs: Inputs = {
         "text": TensorSpec(("B", "nt", c.hidden_size), dtype),
-        "media": TensorSpec(("B", "nb", cross.rows, cross.width), dtype),
+        "media": TensorSpec(("B", "nb", cross.tokens, cross.width), dtype),
         "seen": TensorSpec(("B", "nt", "nb"), torch.bool),
         "attends": TensorSpec(("B", "nt"), torch.bool),
     }
@@ -287,5 +287,5 @@ def text_stages(
     outputs = ["logits", "past", "key_cache", "value_cache"]
     return {
         "embed": StageSpec(Part(model, embed, *dict(model.named_children())), ids, ["text"]),
-        "language_model": StageSpec((WithSees if sees else WithSight)(model, capacity), inputs, outputs),
+        "language_model": StageSpec((WithSees if sees else WithMask)(model, capacity), inputs, outputs),
     }

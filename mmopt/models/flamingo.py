@@ -21,7 +21,7 @@ from mmopt.models._family import Family, read_config
 from mmopt.models._flamingo_cases import cases
 from mmopt.models._openflamingo import END_OF_CHUNK, IMAGE, assemble
 from mmopt.models._stages import Part, only
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Config:
     max_position_embeddings = property(lambda self: self.lm.max_position_embeddings)
     bos_token_id = property(lambda self: self.lm.bos_token_id)
     tie_word_embeddings = property(lambda self: self.lm.tie_word_embeddings)
-    rows_per_image = property(lambda self: 1)  # the marker's own row: images lie outside the text
+    tokens_per_image = property(lambda self: 1)  # the marker's own row: images lie outside the text
     max_frames = property(lambda self: self.perceiver.max_num_frames)  # None: any number
 
 
@@ -413,7 +413,7 @@ FAMILY = Family(
     image_processing=image_processing,
     chat={"user": "", "assistant": "", "separator": "", "end": END_OF_CHUNK, "image": IMAGE},
     cases=cases,
-    cross=lambda c: Cross(blocks=1, rows=c.perceiver.num_latents, width=c.vision.width, reset=True),
+    cross=lambda c: Cross(tiles=1, tokens=c.perceiver.num_latents, width=c.vision.width, marker_resets=True),
     recognises=lambda raw: isinstance(raw.get("model"), dict) and "perceiver" in raw["model"],
     weight_key=r"^(module\.)*(perceiver\.latents$|lang_encoder\..*gated_cross_attn_layer)",
     assemble=assemble,

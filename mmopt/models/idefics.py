@@ -33,7 +33,7 @@ from mmopt.models._transformers import (
     text_stages,
     with_plain_norms,
 )
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 
 IMAGE_MARKER = "<image>"
 FAKE_TOKEN = "<fake_token_around_image>"
@@ -42,7 +42,7 @@ FAKE_TOKEN = "<fake_token_around_image>"
 class Config:
     """The library's config, and what mmopt asks a config for."""
 
-    rows_per_image = 1  # the image marker is a token like others; images lie outside the text
+    tokens_per_image = 1  # the image marker is a token like others; images lie outside the text
 
     def __init__(self, library_config: Any, image_token_id: int | None = None):
         c = self.library = library_config
@@ -64,7 +64,7 @@ class Config:
     @property
     def cross(self) -> Cross:
         rows = self.perceiver.resampler_n_latents if self.library.use_resampler else self.vision_rows
-        return Cross(blocks=1, rows=rows, width=self.vision.embed_dim)
+        return Cross(tiles=1, tokens=rows, width=self.vision.embed_dim)
 
 
 def parse_config(raw: dict) -> Config:

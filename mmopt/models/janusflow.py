@@ -197,7 +197,7 @@ class JanusFlow(nn.Module):
             raise ValueError(NO_VAE)
         return self.vae.image_of(latents)
 
-    def paint(
+    def generate_images(
         self,
         prompts: list[list[int]],
         noise: Tensor,
@@ -282,7 +282,7 @@ def stages(model: JanusFlow, capacity: int) -> dict[str, StageSpec]:
     pixels = TensorSpec(("N", 3, c.tower.image_size, c.tower.image_size), dtype)
     latents, time = TensorSpec(("B", *flow.latents), torch.float32), TensorSpec(("B",), torch.float32)
     time_row = TensorSpec(("B", 1, c.hidden_size), dtype)
-    image = TensorSpec(("B", flow.rows, c.hidden_size), dtype)
+    image = TensorSpec(("B", flow.tokens, c.hidden_size), dtype)
     skip = TensorSpec(("B", c.encoder.width, side, side), dtype)
     made = {
         "encode_vision": StageSpec(

@@ -32,7 +32,7 @@ from mmopt.models._transformers import (
     text_stages,
     with_plain_norms,
 )
-from mmopt.spec.manifest import Cross
+from mmopt.spec.model_info import Cross
 
 IMAGE_MARKER = "<|image|>"
 
@@ -40,7 +40,7 @@ IMAGE_MARKER = "<|image|>"
 class Config:
     """The library's config, and what mmopt asks a config for."""
 
-    rows_per_image = 1  # the image marker is a token like others; images lie outside the text
+    tokens_per_image = 1  # the image marker is a token like others; images lie outside the text
     tie_word_embeddings = False  # the embedding has 8 rows more than the head
 
     def __init__(self, library_config: Any):
@@ -61,7 +61,13 @@ class Config:
 
     @property
     def cross(self) -> Cross:
-        return Cross(self.vision.max_num_tiles, self.vision_rows, self.hidden_size, before="everything", together=True)
+        return Cross(
+            self.vision.max_num_tiles,
+            self.vision_rows,
+            self.hidden_size,
+            leading_text="all_images",
+            merge_adjacent=True,
+        )
 
 
 def parse_config(raw: dict) -> Config:

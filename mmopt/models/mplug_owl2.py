@@ -74,7 +74,7 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def rows_per_image(self) -> int:
+    def tokens_per_image(self) -> int:
         return self.abstractor.num_learnable_queries + 1
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The chat template of a model: messages to the text that it was trained on."""
 
 from __future__ import annotations
 

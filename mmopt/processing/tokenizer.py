@@ -1,4 +1,4 @@
-"""TODO."""
+"""The tokenizer of a model with its marks: text to ids and back, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mmopt.processing.chat_template import ChatTemplate
 from mmopt.processing.sentencepiece import convert_sentencepiece, prove_equal
+from mmopt.spec.model_info import ModelInfo
 
 
 class TextProcessor:
@@ -68,14 +69,14 @@ class TextProcessor:
         return cls(tokenizer, **kw)
 
     @classmethod
-    def of_model(cls, path: str | Path, info: Mapping[str, Any], chat: ChatTemplate) -> TextProcessor:
+    def of_model(cls, path: str | Path, info: ModelInfo, chat: ChatTemplate) -> TextProcessor:
         """Read a tokenizer.json file with the marks of a model's facts and chat template; errors as `from_file`."""
         return cls.from_file(
             path,
-            image_marker=info["image_marker"],
-            image_id=info["image_id"],
-            bos_id=info["bos_id"],
-            eos_ids=tuple(info["eos_ids"]),
+            image_marker=info.image_marker,
+            image_id=info.image_id,
+            bos_id=info.bos_id,
+            eos_ids=tuple(info.eos_ids),
             template=" ".join(str(x) for x in chat.to_json().values()),
         )
 
@@ -134,7 +135,7 @@ class TextStream:
         return self._processor.decode(self._context + self._pending)[len(before) :]
 
     def _emit(self, new: str) -> str:
-        # Leading spaces are stripped from a whole text, so a context needs a visible character before the next piece
+        # Leading spaces are stripped from a whole text, so a context needs a visible_tiles character before the next piece
         # can be decoded after it as it would be after everything.
         if new.strip():
             self._context = self._pending
@@ -144,21 +145,24 @@ class TextStream:
         return new
 
 
-def painting_ids(text: TextProcessor, template: ChatTemplate, prompt: str) -> list[int]:
+def image_prompt_ids(text: TextProcessor, template: ChatTemplate, prompt: str) -> list[int]:
     """Ids of a text to paint, with one more whose place the picture takes."""
     ids = text.encode(template.render([{"role": "user", "content": prompt}], painting=True))
     return [*ids, ids[0]]
 
 
-def _tokenizer(info: dict[str, Any], directory: Path) -> str | None:
-    """Write or copy tokenizer.json, or convert tokenizer.model and prove that both give the same ids."""
+def write_tokenizer(source: str | None, text: str | None, directory: Path) -> str | None:
+    """Put tokenizer.json into a directory: `text`, or that of the directory `source`, or its tokenizer.model converted.
+
+    A converted one is proved to give the same ids. Returns the name of the file, None if there is no tokenizer.
+    """
     made = directory / "tokenizer.json"
-    if info.get("tokenizer"):
-        made.write_text(info["tokenizer"])
+    if text:
+        made.write_text(text)
         return made.name
-    if info.get("directory") is None:
+    if source is None:
         return None
-    ready, model = Path(info["directory"]) / "tokenizer.json", Path(info["directory"]) / "tokenizer.model"
+    ready, model = Path(source) / "tokenizer.json", Path(source) / "tokenizer.model"
     if ready.is_file():
         shutil.copyfile(ready, made)
     elif model.is_file():

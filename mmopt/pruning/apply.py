@@ -1,22 +1,24 @@
-"""TODO."""
+"""Puts pruning at a site into a Program, and counts what that saves."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch.fx import Node
 
 from mmopt.ir.inspect import inspect
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.pruning.language_sites import inside_places, narrow_language
+from mmopt.pruning.language_sites import language_sites, narrow_language
 from mmopt.pruning.positions import carry_places, count_rows
-from mmopt.pruning.propagate import Narrower, RefusedError, Rows
+from mmopt.pruning.propagate import ImageRows, NotApplicable, PrunePropagator
 from mmopt.pruning.prune import choose, scale_down
-from mmopt.pruning.sites import RESIZE, Place, image_places, image_stages
+from mmopt.pruning.sites import RESIZE, PruneSite, image_sites, image_stages
 
 
-def find_places(program: Program) -> list[Place]:
+def find_sites(program: Program) -> list[PruneSite]:
     """Where a program could do with fewer rows of an image, from its pixels to the layers of the language model."""
-    return [*image_places(program), *inside_places(program)]
+    return [*image_sites(program), *language_sites(program)]
 
 
 def cost(program: Program, beside: Program | None = None, images: int = 1) -> float:
@@ -25,53 +27,54 @@ def cost(program: Program, beside: Program | None = None, images: int = 1) -> fl
     beside: a program whose prompt has as much text, however few rows its images take.
     """
     info = program.info
-    fewer = (beside.info["rows_per_image"] - info["rows_per_image"]) * images if beside else 0
-    found = inspect(program, batch=1, images=images, new_tokens=1, context=info["context"] - fewer)["totals"]
+    fewer = (beside.info.tokens_per_image - info.tokens_per_image) * images if beside else 0
+    found = inspect(program, batch=1, images=images, new_tokens=1, context=info.context - fewer)["totals"]
     return float(found.get("encode_flops_per_image", 0) * images + found["prefill_flops"])
 
 
-def compress(program: Program, place: Place, kept: int, method: str, positions: str = "keep") -> Program:
-    """`kept` rows of each image from a place on. RefusedError says why that cannot be done there."""
-    if place.stage not in image_stages(program):
-        return narrow_language(program, place, kept, method)
+def compress(program: Program, site: PruneSite, kept: int, method: str, position_ids: str = "keep") -> Program:
+    """`kept` rows of each image from a site on. NotApplicable says why that cannot be done there."""
+    if site.stage not in image_stages(program):
+        return narrow_language(program, site, kept, method)
     made = program.copy()
     if method == RESIZE:
-        cuts = {place.nodes[0]: scale_down(kept, made.weights)}
+        cuts = {site.nodes[0]: scale_down(kept, made.weights)}
     else:
-        counts = zip(place.nodes, place.counts(kept), strict=True)
+        counts = zip(site.nodes, site.counts(kept), strict=True)
         cuts = {node: choose(count, method, made.weights) for node, count in counts}
-    runs: dict[str, Narrower] = {}
+    runs: dict[str, PrunePropagator] = {}
     results: dict[str, list[Node]] = {}
-    border: dict[str, tuple[str, Rows]] = {}  # value -> the stage that makes it, and its rows
+    border: dict[str, tuple[str, ImageRows]] = {}  # value -> the stage that makes it, and its rows
     for name in image_stages(program):
         stage = program.stages[name]
         given = {n: border[k][1] for k, n in stage.input_nodes().items() if k in border}
-        run = Narrower(stage.graph, given, cuts if name == place.stage else None)
+        run = PrunePropagator(stage.graph, given, cuts if name == site.stage else None)
         values = run.run()
         border |= {k: (name, run.rows[n]) for k, n in stage.output_nodes().items() if n in run.rows}
-        if name == place.stage or any(r.new is not None for r in given.values()):
+        if name == site.stage or any(r.new is not None for r in given.values()):
             runs[name], results[name] = run, values
     border = {k: found for k, found in border.items() if found[1].new is not None}
     if "image_rows" in border:
-        if program.info.get("rows_left_out_late"):
-            raise RefusedError("rows of images were left out inside the language model before")
+        if program.info.cache_delta:
+            raise NotApplicable("rows of images were left out inside the language model before")
         name, rows = border["image_rows"]
         at = program.stages[name].outputs.index("image_rows")
-        if program.info.get("cross"):
+        if program.info.cross:
             count_rows(made, rows)
-        elif positions == "keep":
+        elif position_ids == "keep":
             results[name][at] = carry_places(made, runs[name].b, results[name][at], rows)
         else:
-            made.info["rows_per_image"] += int(rows.size - rows.count)
+            tokens = made.info.tokens_per_image + int(rows.size - rows.count)
+            made.info = replace(made.info, tokens_per_image=tokens)
     made.stages |= finish(program, runs, results, border)
     return made
 
 
 def finish(
     program: Program,
-    runs: dict[str, Narrower],
+    runs: dict[str, PrunePropagator],
     results: dict[str, list[Node]],
-    border: dict[str, tuple[str, Rows]],
+    border: dict[str, tuple[str, ImageRows]],
 ) -> dict[str, Stage]:
     """The stages, last to first: what a stage reads beside rows (their places, their sizes), an earlier one gives."""
     stages: dict[str, Stage] = {}

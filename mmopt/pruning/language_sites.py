@@ -1,8 +1,8 @@
-"""Places inside a language model whose images lie among the text: rows that its later layers do without.
+"""Sites inside a language model whose images lie among the text: rows that its later layers do without.
 
 Its first layers read all rows of an image, and choose; what they put into their caches stays there. The later layers
 hold fewer rows, so their slots are not those of the first: the host says how many rows of images they left out before
-a call (`left_out_late`). Positions are those that the rows had, in every layer.
+a call (`cache_delta`). Positions are those that the rows had, in every layer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.fx import Node
 from mmopt.ir.graph import ADD, ARANGE, EXPAND, MUL, Builder, aten, shape_of, simplify
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.pruning.positions import paint_apart, told
-from mmopt.pruning.propagate import Cut, Narrower, Rows, Scored
+from mmopt.pruning.positions import keep_for_images, told
+from mmopt.pruning.propagate import AttentionScores, ImageRows, PruneFn, PrunePropagator
 from mmopt.pruning.prune import chosen
-from mmopt.pruning.sites import Place, alone, follow, image_stages
+from mmopt.pruning.sites import PruneSite, cut_points, follow, image_stages
 from mmopt.spec.prompt import LATE
 from mmopt.spec.schedule import Loop
 
@@ -29,44 +29,44 @@ class Among(NamedTuple):
     """A language model that reads rows of images: its stage, and which of the `total` rows of an image are patches."""
 
     stage: str
-    patches: Rows
+    patches: ImageRows
     total: int
 
 
 def among_text(program: Program) -> Among | None:
     """None if images lie outside the text, or nothing is known of their rows."""
     name = next(
-        (c.stage for i in program.schedule if isinstance(i, Loop) for c in i.body if "visual" in c.rename), None
+        (c.stage for i in program.schedules.text if isinstance(i, Loop) for c in i.body if "visual" in c.rename), None
     )
     last = program.stages[image_stages(program)[-1]] if name else None
     if name is None or last is None or "image_rows" not in last.outputs:
         return None
     rows = follow(program)[image_stages(program)[-1]].rows.get(last.output_nodes()["image_rows"])
-    return None if rows is None else Among(name, rows, program.info["rows_per_image"])
+    return None if rows is None else Among(name, rows, program.info.tokens_per_image)
 
 
-def inside_places(program: Program) -> list[Place]:
+def language_sites(program: Program) -> list[PruneSite]:
     """After each attention of the language model but the last."""
     found = among_text(program)
-    if found is None or program.info.get("rows_left_out_late"):
+    if found is None or program.info.cache_delta:
         return []
     stage = program.stages[found.stage]
     inputs = stage.input_nodes()
-    narrower = Narrower(stage.graph, {inputs["visual"]: visual_rows(inputs["visual"])})
-    narrower.run()
-    first: dict[int, Place] = {}
-    for n, passed in alone(narrower, {inputs["visual"], inputs["text"]}):
-        place = Place(f"{found.stage}.{passed}", found.stage, found.patches.count, found.patches.grid, (n,))
-        first.setdefault(passed, place)
+    propagator = PrunePropagator(stage.graph, {inputs["visual"]: visual_rows(inputs["visual"])})
+    propagator.run()
+    first: dict[int, PruneSite] = {}
+    for n, passed in cut_points(propagator, {inputs["visual"], inputs["text"]}):
+        site = PruneSite(f"{found.stage}.{passed}", found.stage, found.patches.count, found.patches.grid, (n,))
+        first.setdefault(passed, site)
     return [p for passed, p in first.items() if 0 < passed < max(first)]
 
 
-def visual_rows(visual: Node) -> Rows:
-    return Rows(1, 0, shape_of(visual)[1])
+def visual_rows(visual: Node) -> ImageRows:
+    return ImageRows(1, 0, shape_of(visual)[1])
 
 
-def narrow_language(program: Program, place: Place, kept: int, method: str) -> Program:
-    """`kept` rows of each image from a place inside the language model on."""
+def narrow_language(program: Program, site: PruneSite, kept: int, method: str) -> Program:
+    """`kept` rows of each image from a site inside the language model on."""
     found, made = among_text(program), program.copy()
     assert found is not None
     stage = program.stages[found.stage]
@@ -74,42 +74,42 @@ def narrow_language(program: Program, place: Place, kept: int, method: str) -> P
     visual, past = inputs["visual"], inputs["past"]
     more = {LATE: (shape_of(past), torch.int64)}
     cut = within(found, kept, method, made.weights, past)
-    narrower = Narrower(stage.graph, {visual: visual_rows(visual)}, {place.nodes[0]: cut}, more)
-    narrower.b.output(narrower.run())
-    made.stages[found.stage] = Stage(narrower.b.graph, [LATE, *stage.inputs], stage.outputs)
-    paint_apart(made, found.stage, stage)
-    made.info["rows_left_out_late"] = int(found.patches.count - kept)
-    made.schedule = tuple(told(i, found.stage, [LATE]) for i in program.schedule)
+    propagator = PrunePropagator(stage.graph, {visual: visual_rows(visual)}, {site.nodes[0]: cut}, more)
+    propagator.b.output(propagator.run())
+    made.stages[found.stage] = Stage(propagator.b.graph, [LATE, *stage.inputs], stage.outputs)
+    keep_for_images(made, found.stage, stage)
+    made.info = replace(made.info, cache_delta=int(found.patches.count - kept))
+    made.schedules = made.schedules.replaced(text=tuple(told(i, found.stage, [LATE]) for i in program.schedules.text))
     return made
 
 
-def within(found: Among, keep: int, method: str, weights: dict[str, Tensor], past: Node) -> Cut:
+def within(found: Among, keep: int, method: str, weights: dict[str, Tensor], past: Node) -> PruneFn:
     """A cut on the rows of all images of a call, ``[B, images * total, ...]`` and text after them."""
 
-    def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
-        b, x, total = narrower.b, narrower.env[n], found.total
+    def cut(propagator: PrunePropagator, n: Node, held: ImageRows) -> tuple[Node, ImageRows]:
+        b, x, total = propagator.b, propagator.env[n], found.total
         batch, images = shape_of(x)[0], simplify(held.count / total)
         patches = replace(found.patches, dim=1, new=None, places=None, sizes=None, matrix=None)
 
         def each(v: Node) -> Node:
             return b.reshape(b.slice(v, 1, 0, held.count), (batch * images, total, shape_of(v)[2]))
 
-        scored = narrower.scored
+        scored = propagator.scored
         if scored is not None:
-            scored = Scored(each(scored.queries), each(scored.keys), scored.heads, patches)
+            scored = AttentionScores(each(scored.queries), each(scored.keys), scored.heads, patches)
         few, rows = chosen(b, each(x), patches, scored, keep, method, weights)
         new = total - int(patches.count) + keep
         few = b.reshape(few, (batch, images * new, shape_of(x)[2]))
-        after = narrower.b.slice(x, 1, held.count, shape_of(x)[1])
-        late = narrower.more[LATE]
-        narrower.past = b.emit(aten.sub.Tensor, (narrower.env[past], late), shape_of(late), torch.int64)
+        after = propagator.b.slice(x, 1, held.count, shape_of(x)[1])
+        late = propagator.more[LATE]
+        propagator.past = b.emit(aten.sub.Tensor, (propagator.env[past], late), shape_of(late), torch.int64)
         places = all_places(b, rows, total, batch, images)
         return b.cat([few, after], 1), replace(held, new=simplify(images * new), places=places)
 
     return cut
 
 
-def all_places(b: Builder, rows: Rows, total: int, batch: object, images: object) -> Node:
+def all_places(b: Builder, rows: ImageRows, total: int, batch: object, images: object) -> Node:
     """Places of the rows that stay of all images, ``[B, images * new]``, those that are no patches among them."""
     assert rows.places is not None
     count = shape_of(rows.places)[0]

@@ -1,7 +1,7 @@
 """The language model after rows of images were left out: it counts fewer rows, at the positions they had before.
 
 A row of an image carries how far it was moved forward, in two more columns of its own: so images may be cached, stored,
-batched and put into prefixes as ever. The host says how many rows were left out before a call (`left_out_before`) and
+batched and put into prefixes as ever. The host says how many rows were left out before a call (`position_delta_before`) and
 after its images (`left_out`).
 """
 
@@ -16,51 +16,55 @@ from torch.fx import Node
 from mmopt.ir.graph import ADD, ARANGE, EMBEDDING, FULL, MUL, Builder, aten, mapped, shape_of, simplify, symbol
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.pruning.propagate import Narrower, RefusedError, Rows
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.pruning.propagate import ImageRows, NotApplicable, PrunePropagator
+from mmopt.spec.schedule import Call, Cat, Loop
 
 BASE = 128  # a column holds whole numbers below it exactly, in every type
 COLUMNS = 2
 
 
-def count_rows(program: Program, rows: Rows) -> None:
+def count_rows(program: Program, rows: ImageRows) -> None:
     """Images outside the text: blocks of `rows.new` rows. Stages of `program` are replaced."""
     for name in {c.stage for c in program.calls()}:
         stage = program.stages[name]
         given = {}
         for k, n in stage.input_nodes().items():
             if k == "media":
-                given[n] = Rows(2, 0, rows.count, new=rows.size)
+                given[n] = ImageRows(2, 0, rows.count, new=rows.size)
         if given:
-            narrower = Narrower(stage.graph, given)
-            narrower.b.output(narrower.run())
-            program.stages[name] = stage.replaced(narrower.b.graph)
-    program.info["cross"] = {**program.info["cross"], "rows": int(rows.size)}
+            propagator = PrunePropagator(stage.graph, given)
+            propagator.b.output(propagator.run())
+            program.stages[name] = stage.replaced(propagator.b.graph)
+    assert program.info.cross is not None
+    program.info = replace(program.info, cross=replace(program.info.cross, tokens=int(rows.size)))
 
 
-def carry_places(program: Program, b: Builder, image_rows: Node, rows: Rows) -> Node:
+def carry_places(program: Program, b: Builder, image_rows: Node, rows: ImageRows) -> Node:
     """The rows of an image with their columns, emitted into the stage that makes them; the rest of `program` follows.
 
-    RefusedError if the language model's positions are not slots counted in order.
+    NotApplicable if the language model's positions are not slots counted in order.
     """
     info, name = program.info, "language_model"
     gone = int(rows.count - rows.size)
-    if info.get("row_width"):
-        raise RefusedError("rows of images were left out before, at kept positions")
+    if info.position_delta:
+        raise NotApplicable("rows of images were left out before, at kept positions")
     old = program.stages[name]
-    program.stages[name], reach = reposition(old, info["rows_per_image"] - gone, gone)
-    info |= {
-        "rows_per_image": info["rows_per_image"] - gone,
-        "rows_left_out": gone,
-        "row_width": info["hidden_size"] + COLUMNS,
-        "positions": reach,
-    }
-    paint_apart(program, name, old)
-    program.schedule = tuple(told(i, name, ("left_out_before", "left_out")) for i in program.schedule)
+    program.stages[name], reach = reposition(old, info.tokens_per_image - gone, gone)
+    program.info = replace(
+        info,
+        tokens_per_image=info.tokens_per_image - gone,
+        position_delta=gone,
+        image_embed_width=info.hidden_size + COLUMNS,
+        positions=reach,
+    )
+    keep_for_images(program, name, old)
+    program.schedules = program.schedules.replaced(
+        text=tuple(told(i, name, ("position_delta_before", "position_delta")) for i in program.schedules.text)
+    )
     return _with_columns(b, image_rows, rows)
 
 
-def _with_columns(b: Builder, x: Node, rows: Rows) -> Node:
+def _with_columns(b: Builder, x: Node, rows: ImageRows) -> Node:
     batch, total, _ = shape_of(x)
     kept = b.emit(ARANGE, (0, rows.size), (rows.size,), torch.int64)
     assert rows.places is not None
@@ -81,13 +85,13 @@ def reposition(stage: Stage, rows: int, gone: int) -> tuple[Stage, int]:
     many positions its tables hold."""
     inputs = stage.input_nodes()
     if "visual" not in inputs or "past" not in inputs:
-        raise RefusedError("the language model does not read rows of images on top of a cache")
+        raise NotApplicable("the language model does not read rows of images on top of a cache")
     visual = inputs["visual"]
     batch, nv, width = shape_of(visual)
     total = simplify(nv + symbol("nt"))
     counted = [n for n in stage.graph.nodes if n.target is ARANGE and n.args == (0, total)]
     if len(counted) != 1 or not all(_is_position(u, inputs["past"]) for u in counted[0].users):
-        raise RefusedError("the positions of the language model are not slots counted in order")
+        raise NotApplicable("the positions of the language model are not slots counted in order")
     tables = [int(shape_of(n.args[0])[0]) for n in _after(counted[0]) if n.target is EMBEDDING]
     b = Builder()
     env: dict[Node, Node] = {}
@@ -98,7 +102,7 @@ def reposition(stage: Stage, rows: int, gone: int) -> tuple[Stage, int]:
             given = b.placeholder(n.target, (batch, nv, width + COLUMNS), n.meta["dtype"])
         elif n.op == "placeholder":
             env[n] = b.leaf(n)
-    for k in ("left_out_before", "left_out"):
+    for k in ("position_delta_before", "position_delta"):
         told[k] = b.placeholder(k, (batch,), torch.int64)
     assert given is not None
     env[visual] = b.slice(given, 2, 0, width)
@@ -131,7 +135,7 @@ def _positions(
     slot = b.emit(ARANGE, (0, nv), (nv,), torch.int64)
     image = b.emit(aten.div.Tensor_mode, (slot, rows, "floor"), (nv,), torch.int64)
     earlier = b.emit(ADD, (slot, b.emit(MUL, (image, gone), (nv,), torch.int64)), (nv,), torch.int64)
-    before, after = (b.reshape(told[k], (batch, 1)) for k in ("left_out_before", "left_out"))
+    before, after = (b.reshape(told[k], (batch, 1)) for k in ("position_delta_before", "position_delta"))
     visual = emit(ADD, emit(ADD, moved, earlier), before)
     nt = simplify(total - nv)  # type: ignore[operator]
     text = b.emit(ARANGE, (nv, total), (nt,), torch.int64)
@@ -164,11 +168,13 @@ def _is_position(n: Node, past: Node) -> bool:
     return False
 
 
-def paint_apart(program: Program, name: str, old: Stage) -> None:
-    """Painting reads no images: where it called a stage that was changed, it goes on with that as it was."""
-    if any(c.stage == name for c in calls_of(program.painting)):
+def keep_for_images(program: Program, name: str, old: Stage) -> None:
+    """GeneratedImages reads no images: where it called a stage that was changed, it goes on with that as it was."""
+    if any(c.stage == name for c in program.schedules.image.calls()):
         program.stages[f"{name}.paint"] = old
-        program.painting = tuple(_renamed(i, name, f"{name}.paint") for i in program.painting)
+        program.schedules = program.schedules.replaced(
+            image=tuple(_renamed(i, name, f"{name}.paint") for i in program.schedules.image)
+        )
 
 
 def _renamed(item: Call | Loop, old: str, new: str) -> Call | Loop:

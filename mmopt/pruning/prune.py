@@ -1,4 +1,4 @@
-"""TODO."""
+"""Prunes at a site: chooses the tokens that stay, or scales the image down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmopt.ir.capture import StageSpec, TensorSpec, trace_stage
 from mmopt.ir.graph import CONV2D, EXPAND, LINEAR, PERMUTE, Builder, Size, shape_of, simplify, symbol
 from mmopt.ir.stage import Stage
 from mmopt.pruning.methods import METHODS, reduce_rows
-from mmopt.pruning.propagate import Cut, Narrower, RefusedError, Rows, Scored
+from mmopt.pruning.propagate import AttentionScores, ImageRows, NotApplicable, PruneFn, PrunePropagator
 from mmopt.pruning.scores import grid_of, rows_at
 
 
@@ -23,7 +23,9 @@ from mmopt.pruning.scores import grid_of, rows_at
 class Choose(nn.Module):
     """`mmopt.pruning.methods` on the rows of an image within a value, to be traced."""
 
-    def __init__(self, keep: int, method: str, rows: Rows, names: list[str], heads: int = 1, scored_from: Size = 0):
+    def __init__(
+        self, keep: int, method: str, rows: ImageRows, names: list[str], heads: int = 1, scored_from: Size = 0
+    ):
         super().__init__()
         self.keep, self.method, self.rows, self.names = keep, method, rows, names
         self.heads, self.scored_from = heads, scored_from  # queries and keys may begin with other rows than x
@@ -48,25 +50,31 @@ class Choose(nn.Module):
         return made.rows, places, *([] if sizes is None else [sizes])
 
 
-def choose(keep: int, method: str, weights: dict[str, Tensor]) -> Cut:
+def choose(keep: int, method: str, weights: dict[str, Tensor]) -> PruneFn:
     """A cut that leaves `keep` rows of each image; constants of the method are added to `weights`."""
 
-    def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
-        return chosen(narrower.b, narrower.env[n], held, narrower.scored, keep, method, weights)
+    def cut(propagator: PrunePropagator, n: Node, held: ImageRows) -> tuple[Node, ImageRows]:
+        return chosen(propagator.b, propagator.env[n], held, propagator.scored, keep, method, weights)
 
     return cut
 
 
 def chosen(
-    b: Builder, x: Node, held: Rows, scored: Scored | None, keep: int, method: str, weights: dict[str, Tensor]
-) -> tuple[Node, Rows]:
+    b: Builder,
+    x: Node,
+    held: ImageRows,
+    scored: AttentionScores | None,
+    keep: int,
+    method: str,
+    weights: dict[str, Tensor],
+) -> tuple[Node, ImageRows]:
     """x ``[N, n, d]`` with `keep` rows in place of those that it holds of each image."""
     given, more = {"x": x}, {}
     if scored is not None and (scored.rows.count, scored.rows.new) == (held.count, held.new):
         given |= {"queries": scored.queries, "keys": scored.keys}
         more = {"heads": scored.heads, "scored_from": scored.rows.lo}
     elif METHODS[method].needs_keys:
-        raise RefusedError(f"method {method} needs keys of an attention among these rows, there is none before")
+        raise NotApplicable(f"method {method} needs keys of an attention among these rows, there is none before")
     given |= {k: v for k, v in (("places", held.places), ("sizes", held.sizes)) if v is not None}
     inputs: Any = {k: TensorSpec(("N", *shape_of(v)[1:]), v.meta["dtype"]) for k, v in given.items()}
     module = Choose(keep, method, held, list(given), **more)
@@ -106,11 +114,11 @@ def resample(old: int, new: int) -> Tensor:
     return F.interpolate(unit, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
-def scale_down(keep: int, weights: dict[str, Tensor]) -> Cut:
+def scale_down(keep: int, weights: dict[str, Tensor]) -> PruneFn:
     """A cut where patches become rows: the image is made smaller, tables of positions are resampled like it."""
 
-    def cut(narrower: Narrower, n: Node, held: Rows) -> tuple[Node, Rows]:
-        b, conv = narrower.b, narrower.env[n].args[0]
+    def cut(propagator: PrunePropagator, n: Node, held: ImageRows) -> tuple[Node, ImageRows]:
+        b, conv = propagator.b, propagator.env[n].args[0]
         assert held.grid is not None
         pixels, (h, w), grid = conv.args[0], held.grid, grid_of(keep, held.grid)
         if grid is None:

@@ -1,4 +1,4 @@
-"""Where a program can do with fewer visual rows, and what is put there: places found by data flow, and their cuts."""
+"""Where a program can do with fewer visual rows, and what is put there: sites found by data flow, and their cuts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.fx import Node
 
 from mmopt.ir.graph import ATTENTION, CACHED_ATTENTION, CONV2D, RESHAPE, shape_of
 from mmopt.ir.program import Program
-from mmopt.pruning.propagate import Narrower, Rows
+from mmopt.pruning.propagate import ImageRows, PrunePropagator
 from mmopt.spec.schedule import Call
 
-PIXELS = "pixels"  # the place where an image is still one: it can be scaled down there
+PIXELS = "pixels"  # the site where an image is still one: it can be scaled down there
 
 
 @dataclass(frozen=True)
-class Place:
+class PruneSite:
     """A value that holds the rows of an image, and through which all goes that is made of them.
 
     name: "vision.3" is after the third attention of stage vision, "vision.all" after each of them, fewer and fewer,
@@ -43,61 +43,71 @@ class Place:
 
 def image_stages(program: Program) -> list[str]:
     """The stages that make rows of pixels, in the order of their calls."""
-    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedule)]  # type: ignore[union-attr]
+    return [c.stage for c in itertools.takewhile(lambda c: isinstance(c, Call), program.schedules.text)]  # type: ignore[union-attr]
 
 
-def follow(program: Program) -> dict[str, Narrower]:
+def follow(program: Program) -> dict[str, PrunePropagator]:
     """Where the rows of an image lie in each image stage, as it is."""
-    border: dict[str, Rows] = {}
+    border: dict[str, ImageRows] = {}
     found = {}
     for name in image_stages(program):
         stage = program.stages[name]
         given = {n: border[k] for k, n in stage.input_nodes().items() if k in border}
-        found[name] = Narrower(stage.graph, given)
+        found[name] = PrunePropagator(stage.graph, given)
         found[name].run()
         border |= {k: found[name].rows[n] for k, n in stage.output_nodes().items() if n in found[name].rows}
     return found
 
 
-def image_places(program: Program) -> list[Place]:
-    """Places in the stages that make rows of pixels."""
-    places = []
-    for stage, narrower in follow(program).items():
-        first: dict[int, Place] = {}  # by how many attentions came before
+def image_sites(program: Program) -> list[PruneSite]:
+    """Sites in the stages that make rows of pixels."""
+    sites = []
+    for stage, propagator in follow(program).items():
+        first: dict[int, PruneSite] = {}  # by how many attentions came before
         last = None
-        for n, passed in alone(narrower):
-            held = narrower.rows[n]
+        for n, passed in cut_points(propagator):
+            held = propagator.rows[n]
             if n.target is RESHAPE and n.args[0].target is CONV2D:  # type: ignore[union-attr]
-                places.append(Place(PIXELS, stage, held.count, held.grid, (n,)))
+                sites.append(PruneSite(PIXELS, stage, held.count, held.grid, (n,)))
             elif held.dim == 1 and len(shape_of(n)) == 3:
-                last = Place(stage, stage, held.count, held.grid, (n,))
+                last = PruneSite(stage, stage, held.count, held.grid, (n,))
                 first.setdefault(passed, replace(last, name=f"{stage}.{passed}"))
         inside = [p for passed, p in first.items() if passed and last and p.nodes != last.nodes]
         if len(inside) > 1:
             inside.append(replace(inside[-1], name=f"{stage}.all", nodes=tuple(n for p in inside for n in p.nodes)))
-        places += inside
-        places += [last] if last else []
-    return [p for p in places if p.rows > 1]
+        sites += inside
+        sites += [last] if last else []
+    return [p for p in sites if p.rows > 1]
 
 
-def alone(narrower: Narrower, among: Collection[Node] | None = None) -> Iterator[tuple[Node, int]]:
-    """Values with rows of an image through which all goes that is made of inputs, and the attentions before each.
+def cut_points(propagator: PrunePropagator, inputs: Collection[Node] | None = None) -> Iterator[tuple[Node, int]]:
+    """Values with rows of an image that dominate the graph, and how many attentions stand before each.
 
-    among: only what is made of these inputs counts, and of that not what is kept in caches, nor whole numbers.
+    Every path from the inputs crosses such a value: what comes after it is made of it and of constants alone, so fewer
+    rows there are fewer rows from there on.
+
+        pixels -- conv -- reshape -+-- attention --+-- add -- norm -- output
+                                   |               |
+                                   +---------------+
+
+    Cut points are reshape (0 attentions before it), add and norm (1); attention is none, since the residual passes it.
+
+    Whole numbers (positions) lead nowhere. inputs: only paths from these count (by default from all inputs), and none
+    that end in what is kept, such as caches.
     """
-    last_use = {a: n for n in narrower.graph.nodes for a in n.all_input_nodes if n.op != "output" or among is None}
+    last_use = {a: n for n in propagator.graph.nodes for a in n.all_input_nodes if n.op != "output" or inputs is None}
     live: set[Node] = set()
     fed: set[Node] = set()
     passed = 0
-    for n in narrower.graph.nodes:
-        begins = n.op == "placeholder" if among is None else n in among
+    for n in propagator.graph.nodes:
+        begins = n.op == "placeholder" if inputs is None else n in inputs
         if n in last_use and (begins or any(a in fed for a in n.all_input_nodes)) and n.meta["dtype"] != torch.int64:
             fed.add(n)
             live.add(n)
         live -= {a for a in n.all_input_nodes if last_use.get(a) is n}
         passed += n.target in (ATTENTION, CACHED_ATTENTION)
-        held = narrower.rows.get(n)
-        if held and n.op == "call_function" and live == {n} and (among or isinstance(held.count, int)):
+        held = propagator.rows.get(n)
+        if held and n.op == "call_function" and live == {n} and (inputs or isinstance(held.count, int)):
             yield n, passed
 
 

@@ -66,11 +66,11 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
     info = program.info
 
     def text(n: int) -> list[int]:
-        ids = torch.randint(3, info["vocab_size"], (n,), generator=g).tolist()
-        return [3 + (t - 2) % (info["vocab_size"] - 3) if t == info["image_id"] else t for t in ids]
+        ids = torch.randint(3, info.vocab_size, (n,), generator=g).tolist()
+        return [3 + (t - 2) % (info.vocab_size - 3) if t == info.image_id else t for t in ids]
 
-    image = [info["image_id"]]
-    spare = info["context"] - 4
+    image = [info.image_id]
+    spare = info.context - 4
     shapes: list[list[list[int]]] = [[text(3), image, text(6)]]
     if size:
         shapes = [[text(2), image, text(5)], [text(7)], [text(1), image, text(2), image, text(4)]]
@@ -79,26 +79,26 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
         prompt: list[int] = []
         images = rows = 0
         for part in parts:
-            need = info["rows_per_image"] if part == image else len(part)
-            reach = rows + need + (images + (part == image)) * info.get("rows_left_out", 0)
-            if (part == image and images >= info["images"]) or rows + need > spare:
+            need = info.tokens_per_image if part == image else len(part)
+            reach = rows + need + (images + (part == image)) * info.position_delta
+            if (part == image and images >= info.images) or rows + need > spare:
                 continue
-            if reach > info.get("positions", reach + 4) - 4:
+            if info.positions is not None and reach > info.positions - 4:
                 continue
             prompt += part
             images, rows = images + (part == image), rows + need
-        prompts.append(prompt if prompt and prompt[-1] != info["image_id"] else [*prompt, *text(1)])
-    prompts = prompts[: info["batch"]]
-    count = sum(t == info["image_id"] for p in prompts for t in p)
+        prompts.append(prompt if prompt and prompt[-1] != info.image_id else [*prompt, *text(1)])
+    prompts = prompts[: info.batch]
+    count = sum(t == info.image_id for p in prompts for t in p)
     inputs: dict[str, Any] = {"prompts": prompts, "max_new_tokens": 3, "ignore_eos": True}
     inputs["forced"] = torch.tensor([text(3) for _ in prompts])
-    if info.get("cross") and count == len(prompts) == 1 and len(prompts[0]) + 3 <= spare:
+    if info.cross and count == len(prompts) == 1 and len(prompts[0]) + 3 <= spare:
         prompts[0] += [*image, *text(2)]  # a marker more than images: text after it sees none of them
         inputs["images"] = [1]
-        inputs["forced"][0, 0] = info["image_id"]
+        inputs["forced"][0, 0] = info.image_id
     if count:
         stage = next(s for s in program.stages.values() if "pixel_values" in s.inputs)
-        made, frames = {}, min(1 + size, info.get("max_frames") or 1 + size)
+        made, frames = {}, min(1 + size, info.max_frames or 1 + size)
         for name, node in stage.input_nodes().items():
             shape: list[int] = [count, *(frames if str(s) == "F" else s for s in node.meta["shape"][1:])]
             dtype = node.meta["dtype"]
@@ -109,8 +109,8 @@ def random_inputs(program: Program, size: int, seed: int) -> dict[str, Any]:
         inputs["pixel_values"] = made.pop("pixel_values")
         if made:
             inputs["image_inputs"] = made
-        if info.get("cross") and info["cross"]["blocks"] > 1:
-            inputs["tiles"] = torch.randint(1, info["cross"]["blocks"] + 1, (count,), generator=g).tolist()
+        if info.cross and info.cross.tiles > 1:
+            inputs["tiles"] = torch.randint(1, info.cross.tiles + 1, (count,), generator=g).tolist()
     return inputs
 
 
@@ -149,7 +149,7 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
     on its last rows. In half precision rounding decides between numbers that are nearly equal, so there choices are not
     compared, only what they are made from.
     """
-    half = before.info["torch_dtype"] != torch.float32
+    half = before.dtype != torch.float32
     choose = {
         k for k, s in before.stages.items() if half and any(n.target is aten.argmax.default for n in s.graph.nodes)
     }
@@ -180,13 +180,15 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
                 return Difference(stage, name, node, *found)
         for stage, name, _ in missing:
             return Difference(stage, name, "no longer made", float("inf"), 0.0)
-        paints = before.painting and before.info["context"] - before.info["flow"]["rows"] >= 2  # else no image fits
-        if paints and (wrong := compare_painting(before, after, weights, size, seed)):
+        paints = (
+            before.schedules.image and before.info.context - before.info.required_flow.tokens >= 2
+        )  # else no image fits
+        if paints and (wrong := compare_generation(before, after, weights, size, seed)):
             return wrong
     return None
 
 
-def compare_painting(
+def compare_generation(
     before: Program, after: Program, weights: dict[str, Tensor], size: int, seed: int
 ) -> Difference | None:
     """The first difference of a velocity or the image, over two guided steps and one that is not.
@@ -194,10 +196,10 @@ def compare_painting(
     What else the stages make may change with the number of samples and of calls.
     """
     g = torch.Generator().manual_seed(seed * 1000 + size)
-    rows = before.info["context"] - before.info["flow"]["rows"]
+    rows = before.info.context - before.info.required_flow.tokens
     lengths = [min(rows, n) for n in ((6,), (2, 7, 4))[size]]
-    prompts = [torch.randint(0, before.info["vocab_size"], (n,), generator=g).tolist() for n in lengths]
-    noise = torch.randn(len(prompts), *before.info["flow"]["latents"], generator=g)
+    prompts = [torch.randint(0, before.info.vocab_size, (n,), generator=g).tolist() for n in lengths]
+    noise = torch.randn(len(prompts), *before.info.required_flow.latents, generator=g)
     plan = make_plan("euler", 3, guidance=3.0)
     uncond = np.array(plan.uncond)
     uncond[:, 2] = 0  # the last evaluation is made without the unconditional pass
@@ -213,10 +215,10 @@ def compare_painting(
                     node = run.stages[call.stage].output_nodes()[name]
                     found.append((call.stage, name, node.name, made[name].clone()))
 
-        run.paint(prompts, noise, plan, observe)
+        run.generate_images(prompts, noise, plan, observe)
         values.append(found)
     for (_, _, _, expected), (stage, name, node, value) in zip(*values, strict=True):
-        if wrong := difference(expected, value, before.info["torch_dtype"]):
+        if wrong := difference(expected, value, before.dtype):
             return Difference(stage, name, node, *wrong)
     return None
 
@@ -247,9 +249,9 @@ def why_unchecked(program: Program) -> str | None:
     if not program.has_weights:
         return "shapes only, no weights"
     values = sum(w.numel() for w in program.weights.values())
-    flops = 2.0 * values * 2 * 2 * (3 * program.info["rows_per_image"] + 40)
-    if program.painting:  # three steps of one and of three images, in two halves
-        flops += 2.0 * values * 2 * 3 * 4 * 2 * program.info["flow"]["rows"]
+    flops = 2.0 * values * 2 * 2 * (3 * program.info.tokens_per_image + 40)
+    if program.schedules.image:  # three steps of one and of three images, in two halves
+        flops += 2.0 * values * 2 * 3 * 4 * 2 * program.info.required_flow.tokens
     if flops > BUDGET:
         return f"about {flops / 1e12:.0f} TFLOP, more than {BUDGET / 1e12:.0f}; ask for it with check=True"
     return None

@@ -1,13 +1,14 @@
-"""What passes ask about the loops of a painting schedule."""
+"""What passes ask about the loops of a image schedule."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.ir.graph import CACHED_ATTENTION, CAT
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.spec.schedule import Call, Cat, Loop, calls_of
+from mmopt.spec.schedule import Call, Cat, Loop
 
 
 def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False) -> str | None:
@@ -25,7 +26,7 @@ def why_not_local(program: Program, loop: Loop, place: int, whole: bool = False)
     body = list(loop.body)
     call, before, after = body[place], body[:place], body[place + 1 :]
     made = writes([call])
-    others = [c for c in calls_of(program.painting) if c not in body]
+    others = [c for c in program.schedules.image.calls() if c not in body]
     if found := made & writes(before + after):
         return f"{min(found)} is written by another call of the loop too"
     if found := made & (reads(before) | reads([call])):
@@ -45,11 +46,11 @@ def row_inputs(stage: Stage) -> tuple[str, str] | str:
     The stage must carry all that rows see of earlier rows: its attention reads and writes caches, of which `past` slots
     are filled.
     """
-    attention = [n for n in stage.graph.nodes if n.target is CACHED_ATTENTION]
+    attention = [CachedAttention.of(n) for n in stage.graph.nodes if n.target is CACHED_ATTENTION]
     if not attention or "past" not in stage.inputs or "past" not in stage.outputs:
         return "it keeps no rows in a cache"
     names = {n: i for i, n in stage.input_nodes().items()}
-    carried = {names.get(a) for n in attention for a in n.args[3:5]}
+    carried = {names.get(a) for n in attention for a in (n.key_cache, n.value_cache)}
     if not carried <= set(stage.outputs):
         return "not all of its caches are carried"
     for n in stage.graph.nodes:

@@ -1,8 +1,8 @@
 """The algebra of rows: an interpreter whose values may be in parts along a dimension.
 
 ``f([a; b]) = [f(a); f(b)]`` for every operator that works row by row. A value is a node or `Parts`; concatenations make
-parts, operators with a rule (`graph.operand_dims`) run part by part, a slice takes the parts it wants, and what has no
-rule joins its parts again.
+parts, operators with a rule (`op_rules.operand_dims`) run part by part, a slice takes the parts it wants, and what has
+no rule joins its parts again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import torch
 from torch.fx import Graph, Node
 
 from mmopt.ir.graph import (
-    ATTENTION,
     CAT,
     EXPAND,
     FULL,
-    HEAVY,
     RESHAPE,
-    ROTARY,
     SLICE,
     WHERE,
     Builder,
@@ -31,7 +28,7 @@ from mmopt.ir.graph import (
     shape_of,
     simplify,
 )
-from mmopt.ir.op_dims import on_part, operand_dims
+from mmopt.ir.op_rules import on_part, operand_dims, rule_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def uniform(node: Any) -> Any:
     return node.args[1] if isinstance(node, Node) and node.target is FULL else None
 
 
-class Seams:
+class PartInterpreter:
     """Interprets one graph in parts. `log(where, why)` is told wherever parts had to be joined."""
 
     def __init__(self, log: Callable[[str, str], None]):
@@ -154,7 +151,7 @@ class Seams:
 
     def why_not(self, n: Node, args: list[Any], rule: dict, seam: Parts) -> str | None:
         """Splitting is only for values that already lie in these parts, or that cost nothing to slice."""
-        if n.target in (ATTENTION, ROTARY) and not all(positive(shape_of(v)[seam.dim]) for v in seam.values):
+        if rule_of(n.target).needs_rows and not all(positive(shape_of(v)[seam.dim]) for v in seam.values):
             return "a part may have no rows, which kernels refuse"
         for i, a in enumerate(args):
             m = rule.get(i)
@@ -215,7 +212,7 @@ def depth(node: Node, known: dict[Node, int]) -> int:
             if n.op == "get_attr" or n.meta.get("const"):
                 known[n] = -1
             else:
-                known[n] = max([known[a] for a in n.all_input_nodes], default=0) + (n.target in HEAVY)
+                known[n] = max([known[a] for a in n.all_input_nodes], default=0) + rule_of(n.target).heavy
     return known[node]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mmopt.spec.model_info import ModelInfo
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -17,4 +19,4 @@ class CacheLayout:
     device: str
     dtype: str
     cross: tuple[str, ...]
-    info: dict[str, Any]
+    info: ModelInfo

@@ -18,28 +18,30 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.cache_layout import CacheLayout
-from mmopt.runtime.images import Blocks, Image, View
+from mmopt.runtime.images import Image, SequenceImages, TileView
 from mmopt.runtime.kv_cache import Cache, restore
 from mmopt.runtime.prefix import Prefix
-from mmopt.runtime.request import Answer
-from mmopt.runtime.session import Bound, Sessions
+from mmopt.runtime.request import RequestState
+from mmopt.runtime.session import IoBinding, Sessions
 from mmopt.runtime.tensor import Tensor, from_bits
-from mmopt.spec.cross_mask import PER_CALL, Seen, gather, seen_inputs, segment_inputs, segments
+from mmopt.spec.cross_mask import CROSS_INPUTS, VisibleTiles, gather, seen_inputs, segment_inputs, segments
 from mmopt.spec.errors import EngineError
-from mmopt.spec.prompt import LEFT_OUT, plan, told_of_images
+from mmopt.spec.manifest import Manifest
+from mmopt.spec.prompt import POSITION_DELTAS, layout_prompts, position_deltas
+from mmopt.spec.schedule import Call
 
 POOLED = 2  # caches kept for the next calls
 
 
 @dataclass
-class Job:
+class LiveSequence:
     """One sample on its way: ids still to be fed, their images and the answer.
 
     before: markers that are taken for read before the first id, where images lie outside the text. prefix: what the
     ids go on from.
     """
 
-    answer: Answer
+    answer: RequestState
     ids: list[int]
     images: list[Image]
     before: int = 0
@@ -53,7 +55,7 @@ class DecodeStep:
         embed, model = decoder.embed, decoder.language
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
-        self._told = {k: Tensor.zeros((lanes,), "int64", model.device) for k in LEFT_OUT if k in model.inputs}
+        self._told = {k: Tensor.zeros((lanes,), "int64", model.device) for k in POSITION_DELTAS if k in model.inputs}
         self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
         self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
         self._decoder, self._cache, self._lanes = decoder, cache, lanes
@@ -77,7 +79,7 @@ class DecodeStep:
         self._past.write(past)
         if self._told:
             images = self._cache.images[: self._lanes]
-            values = told_of_images(images, images, self._decoder.info)
+            values = position_deltas(images, images, self._decoder.info)
             for k, told in self._told.items():
                 told.write(values[k])
         self._embed.run()
@@ -87,42 +89,38 @@ class DecodeStep:
 
 
 class Decoder:
-    """The sessions of an engine directory; `facts` is its program.json. Safe to use from several threads."""
+    """The sessions of an engine directory; `manifest` is its program.json. Safe to use from several threads."""
 
-    def __init__(self, directory: Path, facts: dict[str, Any], provider: str, threads: int):
-        self.info, self.dtype = facts["info"], facts["dtype"]
-        self.width = self.info["hidden_size"]
-        self.row_width = self.info.get("row_width", self.width)  # of rows of images among the text
-        loops = [i["loop"] for i in facts["schedule"] if i.get("over") == "chunks"]
-        if len(loops) != 1 or len(loops[0]) not in (2, 3):
+    def __init__(self, directory: Path, manifest: Manifest, provider: str, threads: int):
+        self.info, self.dtype = manifest.info, manifest.dtype
+        self.width, self.row_width = self.info.hidden_size, self.info.image_embed_width
+        schedule = manifest.schedules.text
+        if schedule.prefill is None or len(schedule.prefill.body) not in (2, 3):
             raise EngineError(f"{directory}: its schedule has no loop over chunks of a text stage and a language model")
-        table, model, *head = (c["call"] for c in loops[0])
+        table, model, *head = (c.stage for c in schedule.prefill.body)
         # looking up rows of a table needs no threads, and its own would spin beside the model's
-        self.stages = Sessions(directory, facts["stages"], provider, threads, {table})
+        self.stages = Sessions(directory, manifest.stages, provider, threads, {table})
         self.embed, self.language = self.stages[table], self.stages[model]
-        painted = {c["call"] for i in facts.get("painting", ()) for c in i.get("loop", [i])}
         self._head = head[0] if head else None
-        if not painted:  # else stages wait until their task is asked for
+        if not manifest.schedules.image:  # else stages wait until their task is asked for
             list(self.stages.values())
-        self.cross, self.segmented = self.info.get("cross"), self.info.get("segments", {})
-        calls = [i for i in facts["schedule"] if "call" in i]
-        self._look_calls, apart = [], {"media"} if self.cross else set()
-        for c in calls:  # what is made of the images of a sample, not of an image alone
-            stage, rename = facts["stages"][c["call"]], c["rename"]
-            if apart & {rename.get(k, k) for k in stage["inputs"]}:
-                apart |= {rename.get(k, k) for k in stage["outputs"]}
-                self._look_calls.append(c)
-        inputs = [s["inputs"] for s in facts["stages"].values()]
-        self.pixels = next(i["pixel_values"] for i in inputs if "pixel_values" in i)
-        self.takes_frames = self.pixels["shape"][1] == "F"
-        self._encode_calls = [c for c in calls if c not in self._look_calls]
-        self.whole = [k for k in self.language.inputs if k in apart]  # read with all blocks of all images
+        self.cross, self.segmented = self.info.cross, self.info.cross_kv
+        listed = manifest.stages
+        self._look_calls = schedule.sample_calls(
+            {k: s.inputs for k, s in listed.items()}, {k: s.outputs for k, s in listed.items()}
+        )
+        self._encode_calls = tuple(c for c in schedule.encode_calls if c not in self._look_calls)
+        apart = {"media"} if self.cross else set()
+        apart |= {c.target(k) for c in self._look_calls for k in listed[c.stage].outputs}
+        self.pixels = next(s.inputs["pixel_values"] for s in listed.values() if "pixel_values" in s.inputs)
+        self.takes_frames = self.pixels.shape[1] == "F"
+        self.whole = [k for k in self.language.inputs if k in apart]  # read with all tiles of all images
         known = {
             "visual",
             "text",
             "offset",
-            *LEFT_OUT,
-            *PER_CALL,
+            *POSITION_DELTAS,
+            *CROSS_INPUTS,
             *self.whole,
             *(f"segment.{k}" for k in self.segmented),
         }
@@ -132,7 +130,7 @@ class Decoder:
                 f"{directory}: stage {model} has inputs that this engine cannot give: {', '.join(unknown)}"
             )
         caches = {k: x for k, x in self.language.inputs.items() if k in self.language.outputs and k != "past"}
-        shapes = {k: (tuple(x["shape"]), x["dtype"]) for k, x in caches.items()}
+        shapes = {k: (tuple(x.shape), x.dtype) for k, x in caches.items()}
         cross = (*self.whole, *self.segmented)
         self.layout = CacheLayout(shapes, self.language.device, self.dtype, cross, self.info)
         self._pool: list[Cache] = []
@@ -142,12 +140,12 @@ class Decoder:
     def rows_shape(self) -> tuple[int, ...]:
         """Shape of what the image stages make of one image."""
         if self.cross:
-            return self.cross["blocks"], self.cross["rows"], self.cross["width"]
-        return self.info["rows_per_image"], self.row_width
+            return self.cross.tiles, self.cross.tokens, self.cross.width
+        return self.info.tokens_per_image, self.row_width
 
     def sees_ahead(self, ids: Sequence[int]) -> bool:
         """Whether rows of a prompt see images that come after it, so that these change them."""
-        return bool(self.cross) and self.cross["before"] == "everything" and ids[0] != self.info["image_id"]
+        return self.cross is not None and self.cross.leading_text == "all_images" and ids[0] != self.info.image_id
 
     def encode(self, pixels: Any, inputs: dict[str, np.ndarray] | None = None) -> Tensor:
         """pixel_values ``[N, 3, H, W]`` -> image rows ``[N, rows, hidden]``, one image at a time.
@@ -169,16 +167,15 @@ class Decoder:
         self._run_calls(self._encode_calls, values)
         return values
 
-    def _run_calls(self, calls: Sequence[dict], values: dict[str, Tensor]) -> None:
+    def _run_calls(self, calls: Sequence[Call], values: dict[str, Tensor]) -> None:
         """Run stages on named values; outputs go into memory that has their name already, else into new memory."""
         for call in calls:
-            stage, rename = self.stages[call["call"]], call["rename"]
-            inputs = {k: values[rename.get(k, k)] for k in stage.inputs}
+            stage = self.stages[call.stage]
+            inputs = {k: values[call.sources(k)[0]] for k in stage.inputs}
             for k, out in stage.outputs.items():
-                if rename.get(k, k) not in values:
-                    shape = stage.output_shape(k, inputs)
-                    values[rename.get(k, k)] = Tensor.zeros(shape, out["dtype"], stage.device)
-            stage.bind(inputs, {k: values[rename.get(k, k)] for k in stage.outputs}).run()
+                if call.target(k) not in values:
+                    values[call.target(k)] = Tensor.zeros(stage.output_shape(k, inputs), out.dtype, stage.device)
+            stage.bind(inputs, {k: values[call.target(k)] for k in stage.outputs}).run()
 
     def image(self, rows: Tensor | Image, tiles: int | None = None) -> Image:
         """An image ready for the language model, from its rows ``[1, ...]``."""
@@ -208,13 +205,13 @@ class Decoder:
             cache.holds[lane] = None
         if self.cross:
             if cache.past[lane] == 0:
-                cache.views[lane] = View(self.info, ready, before)
+                cache.views[lane] = SequenceImages(self.info, ready, before)
             else:
                 cache.views[lane] = cache.views[lane].copy(ready)
             cache.version += 1
             view = cache.views[lane]
             return self._feed(cache, lane, ids, self.given([view], [view.sight.read(ids)]))
-        chunks = plan([ids], self.info, 1)
+        chunks = layout_prompts([ids], self.info, 1)
         if cache.past[lane] == 0:
             leading = chunks[0].ids if len(chunks) > 1 and not chunks[0].images else ()
             if leading and leading == cache.leading[lane]:
@@ -229,7 +226,7 @@ class Decoder:
                 visual = _one_after_the_other([ready[i].rows for i in chunk.images])
             read = cache.images[lane : lane + 1].copy()
             cache.images[lane] += len(chunk.images)
-            values = told_of_images(read, cache.images[lane : lane + 1], self.info)
+            values = position_deltas(read, cache.images[lane : lane + 1], self.info)
             told = {k: Tensor.of(x, "int64") for k, x in values.items() if k in self.language.inputs}
             last = self._feed(cache, lane, chunk.ids, {"visual": visual} | told)
         return last
@@ -261,7 +258,7 @@ class Decoder:
         cache.past[: len(ids)] += np.asarray(active)
         return logits
 
-    def run(self, cache: Cache, jobs: Sequence[Job]) -> Iterator[None]:
+    def run(self, cache: Cache, jobs: Sequence[LiveSequence]) -> Iterator[None]:
         """Prefill each job in its lane, then decode together; stops after each token, until all answers are finished.
 
         Jobs must come in descending order of their limits: then those that may have filled their lane to the last slot
@@ -279,10 +276,10 @@ class Decoder:
                 live[lane].answer.take(logits[lane])
             yield
 
-    def given(self, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
+    def given(self, views: Sequence[SequenceImages], rows: Sequence[Sequence[VisibleTiles]]) -> dict[str, Tensor]:
         """The inputs of a call of the language model that tell what each row of each view sees."""
-        model, cross = self.language, self.info["cross"]
-        counts = [len(v.images) * cross["blocks"] for v in views]
+        model, cross = self.language, self.info.required_cross
+        counts = [len(v.images) * cross.tiles for v in views]
         most, blind = max(1, *counts), any(r == () for row in rows for r in row)
         if self.whole and len(set(counts)) > 1 and blind:
             raise EngineError(
@@ -291,33 +288,33 @@ class Decoder:
         images = [v.images or ([self.nothing] if blind else []) for v in views]
         made = seen_inputs(rows, most)
         for name in self.whole:
-            shape = model.inputs[name]["shape"][2:]
+            shape = model.inputs[name].sizes(2)
             made[name] = np.zeros((len(views), most, *shape), np.float32)
             for b, own in enumerate(images):
-                for i, block in zip(range(most), Blocks(own, name, cross["blocks"]), strict=False):
+                for i, block in zip(range(most), TileView(own, name, cross.tiles), strict=False):
                     made[name][b, i] = block
         if self.segmented:
-            chosen = segments(rows, cross["rows"])
-            made |= segment_inputs(chosen, cross["rows"])
+            chosen = segments(rows, cross.tokens)
+            made |= segment_inputs(chosen, cross.tokens)
             for name, kind in self.segmented.items():
-                width = model.inputs[f"segment.{name}"]["shape"][2]
-                blocks: list[Sequence[np.ndarray]] = [Blocks(own, name, cross["blocks"]) for own in images]
+                (width,) = model.inputs[f"segment.{name}"].sizes(2)
+                blocks: list[Sequence[np.ndarray]] = [TileView(own, name, cross.tiles) for own in images]
                 if not any(map(len, blocks)):
-                    blocks[0] = [np.zeros((cross["rows"], width), np.float32)]
+                    blocks[0] = [np.zeros((cross.tokens, width), np.float32)]
                 made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")
-        return {k: Tensor.of(x, model.inputs[k]["dtype"], model.device) for k, x in made.items() if k in model.inputs}
+        return {k: Tensor.of(x, model.inputs[k].dtype, model.device) for k, x in made.items() if k in model.inputs}
 
     def bind_language(
         self, images: dict[str, Tensor], text: Tensor, past: Tensor, cache: Cache, lanes: slice, rows: int
-    ) -> tuple[list[Bound], Tensor]:
+    ) -> tuple[list[IoBinding], Tensor]:
         """The language model, and its head where that is a stage of its own, on some lanes of a cache: the same memory
         as input and output; and the logits that they write, of all `rows` or of the last."""
         kept = {k: t[lanes] for k, t in cache.tensors.items()}
         inputs = images | {"text": text, "past": past} | kept | self._plain(past.shape[0])
         outputs = {"past": Tensor.zeros(past.shape, "int64", past.device)} | kept
         last = self.language if self._head is None else self.stages[self._head]
-        out_rows = 1 if last.outputs["logits"]["shape"][1] == 1 else rows
-        logits = Tensor.zeros((past.shape[0], out_rows, self.info["vocab_size"]), self.dtype)
+        out_rows = 1 if last.outputs["logits"].shape[1] == 1 else rows
+        logits = Tensor.zeros((past.shape[0], out_rows, self.info.vocab_size), self.dtype)
         if self._head is None:
             return [self.language.bind(inputs, outputs | {"logits": logits})], logits
         hidden = self.language.empty("hidden", inputs)
@@ -330,7 +327,7 @@ class Decoder:
         if "offset" in self.language.inputs:
             made["offset"] = Tensor.zeros((lanes,), "int64", self.language.device)
         if "seen" in self.language.inputs and not self.cross:
-            slots = self.language.inputs["seen"]["shape"][1]
+            (slots,) = self.language.inputs["seen"].sizes()
             made["seen"] = Tensor.of(np.ones((lanes, slots), np.bool_), "bool", self.language.device)
         return made
 

@@ -1,10 +1,11 @@
-"""Paints with an engine: the painting schedule on ONNX Runtime sessions, latents and solver in numpy on the host."""
+"""Paints with an engine: the image schedule on ONNX Runtime sessions, latents and solver in numpy on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,54 +16,64 @@ from mmopt.runtime.session import StageSession
 from mmopt.runtime.tensor import Tensor, from_bits
 from mmopt.spec.errors import EngineError
 from mmopt.spec.flow_plan import FlowPlan
-from mmopt.spec.flow_sampler import Painter, Samples, lay_out, levels, plan_of
-from mmopt.spec.schedule import from_json, is_cache
+from mmopt.spec.flow_sampler import FlowSampler, Samples, lay_out, levels, plan_of
+from mmopt.spec.manifest import Manifest
+from mmopt.spec.schedule import is_cache
 
 
-@dataclass(frozen=True)
-class Painting:
-    """What an engine painted. latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not
-    clipped (None without a decoder of images); trajectory: the latents after each evaluation, where asked for."""
+@dataclass(frozen=True, eq=False)
+class GeneratedImages(Sequence[Image.Image]):
+    """What an engine generated: a sequence of pictures of 8 bits, and the numbers they are made from.
+
+    latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not clipped (None without a decoder
+    of images); trajectory: the latents after each evaluation, where asked for.
+    """
 
     latents: np.ndarray
     pixels: np.ndarray | None
     plan: FlowPlan
     trajectory: list[np.ndarray] | None = None
 
-    def images(self) -> list[Image.Image]:
-        """Pictures of 8 bits, see `mmopt.spec.flow_sampler.levels`."""
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """See `mmopt.spec.flow_sampler.levels`. EngineError if the engine has no decoder of images."""
         if self.pixels is None:
             raise EngineError("this engine has no decoder of images: export it from a checkpoint with its VAE")
         return [Image.fromarray(np.ascontiguousarray(x)) for x in levels(self.pixels)]
 
+    def __len__(self) -> int:
+        return len(self.latents)
 
-class EnginePainter(Painter):
+    def __getitem__(self, i: Any) -> Any:
+        return self.pictures[i]
+
+
+class EngineFlowSampler(FlowSampler):
     """Values are numpy arrays as they are stored (bfloat16 as its bits); caches stay in the memory of the device."""
 
     def __init__(
         self,
         decoder: Decoder,
-        facts: dict[str, Any],
+        manifest: Manifest,
         samples: Samples,
         plan: FlowPlan,
         trips: Any = None,
         observe: Any = None,
     ):
-        listed = facts["stages"]
-        inputs = {k: {i: x["shape"] for i, x in s["inputs"].items()} for k, s in listed.items()}
-        super().__init__([from_json(i) for i in facts["painting"]], inputs, samples, plan, trips)
+        listed = manifest.stages
+        inputs = {k: {i: x.shape for i, x in s.inputs.items()} for k, s in listed.items()}
+        super().__init__(manifest.schedules.image, inputs, samples, plan, trips)
         self.observe = observe
-        self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.get("one_sample")}
-        self.info, both = facts["info"], 2 * self.count
+        self.decoder, self.one_sample = decoder, {k for k, s in listed.items() if s.one_sample}
+        self.info, both = manifest.info, 2 * self.count
         model = decoder.language
         self.cached = [k for k in model.inputs if is_cache(k)]
         self.caches = {
-            k: Tensor.zeros((both, *model.inputs[k]["shape"][1:]), model.inputs[k]["dtype"], model.device)
-            for k in self.cached
+            k: Tensor.zeros((both, *model.inputs[k].sizes()), model.inputs[k].dtype, model.device) for k in self.cached
         }
         self.values |= samples.values()
-        times = np.asarray(plan.times * self.info["flow"]["time_scale"], np.float32)
-        bits = Tensor.zeros((both, 0, self.info["hidden_size"]), decoder.dtype).owner
+        times = np.asarray(plan.times * self.info.required_flow.time_scale, np.float32)
+        bits = Tensor.zeros((both, 0, self.info.hidden_size), decoder.dtype).owner
         self.values |= {"steps.time": times, "no_rows": bits}
 
     def cat(self, parts: list[np.ndarray], dim: int) -> np.ndarray:
@@ -99,7 +110,7 @@ class EnginePainter(Painter):
     def _lane_by_lane(self, call: Any, stage: StageSession, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """Each sample through its own lane of the caches. Rows of padding after a prompt are not fed, and a prompt that
         an earlier lane holds is copied from there."""
-        prompt = "prompt.text" in call.sources("text") and self.info["flow"].get("compact")
+        prompt = "prompt.text" in call.sources("text") and self.info.required_flow.compact
         held: dict[bytes, int] = {}
         for b in range(given["past"].shape[0]):
             own = {k: t[b : b + 1] for k, t in given.items()}
@@ -121,7 +132,7 @@ def _place(t: Tensor) -> tuple[str, int, str, Any]:
 
 
 def _memory(stage: StageSession, name: str, x: Any) -> Tensor:
-    return x if isinstance(x, Tensor) else Tensor.of(x, stage.inputs[name]["dtype"], stage.device)
+    return x if isinstance(x, Tensor) else Tensor.of(x, stage.inputs[name].dtype, stage.device)
 
 
 def _stored(t: Tensor) -> np.ndarray:
@@ -142,22 +153,24 @@ def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[C
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
-def paint(
+def generate_images(
     decoder: Decoder,
-    facts: dict[str, Any],
+    manifest: Manifest,
     prompts: Sequence[Sequence[int]],
     noise: np.ndarray,
     plan: FlowPlan | None = None,
     trajectory: bool = False,
     progress: Callable[[int, int], None] | None = None,
     observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
-) -> Painting:
-    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info["batch"]`` at once.
+) -> GeneratedImages:
+    """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info.batch`` at once.
 
     `progress` is told how many evaluations are done, and of how many. `observe` is called after each stage, as that of
-    `Program.paint`, with arrays. Raises EngineError for a wrong prompt or noise.
+    `Program.generate_images`, with arrays. Raises EngineError for a wrong prompt or noise.
     """
-    info, latents = facts["info"], tuple(facts["info"]["flow"]["latents"])
+    info = manifest.info
+    assert info.flow is not None
+    latents = tuple(info.flow.latents)
     if not isinstance(noise, np.ndarray):
         raise EngineError(f"noise is {type(noise).__name__}, expected an array of numpy")
     if noise.shape != (len(prompts), *latents) or noise.dtype != np.float32:
@@ -165,10 +178,10 @@ def paint(
             f"noise is {noise.dtype} of shape {noise.shape}, expected float32 of shape {(len(prompts), *latents)}"
         )
     try:
-        lay_out(prompts, info)
+        lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     except ValueError as e:
         raise EngineError(str(e)) from e
-    plan, size = plan_of(plan, info), info["batch"]
+    plan, size = plan_of(plan, info), info.batch
     groups = range(0, len(prompts), size)
     kept: list[list[np.ndarray]] = [[] for _ in groups]
     latents_made, pixels_made = [], []
@@ -181,12 +194,19 @@ def paint(
             if progress:
                 progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-        painter = EnginePainter(decoder, facts, lay_out(prompts[part], info), plan, after, observe)
-        latents_made.append(painter.paint(noise[part]))
-        if "image" in painter.values:
-            dtype = facts["stages"]["decode_image"]["outputs"]["image"]["dtype"]
-            pixels_made.append(from_bits(painter.values["image"], dtype))
-    return Painting(
+        sampler = EngineFlowSampler(
+            decoder,
+            manifest,
+            lay_out(prompts[part], info.required_flow, info.context, info.vocab_size),
+            plan,
+            after,
+            observe,
+        )
+        latents_made.append(sampler.sample(noise[part]))
+        if "image" in sampler.values:
+            dtype = manifest.stages["decode_image"].outputs["image"].dtype
+            pixels_made.append(from_bits(sampler.values["image"], dtype))
+    return GeneratedImages(
         np.concatenate(latents_made),
         np.concatenate(pixels_made) if pixels_made else None,
         plan,

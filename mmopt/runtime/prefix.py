@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.cache_layout import CacheLayout
-from mmopt.runtime.images import Image, View
+from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.tensor import Tensor, to_bits
-from mmopt.spec.errors import EngineError
-from mmopt.spec.prompt import count_rows
-
-SCHEMA = 1
+from mmopt.spec.errors import EngineError, _engine_errors
+from mmopt.spec.manifest import Manifest
+from mmopt.spec.prompt import count_tokens
+from mmopt.spec.schema import SCHEMA, check_schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Prefix:
     rows: int
     images: list[Image]
     caches: dict[str, np.ndarray] = field(repr=False)
-    view: View | None = field(repr=False)
+    view: SequenceImages | None = field(repr=False)
     made_for: str
     dtype: str
     text: str | None = None
@@ -70,13 +70,13 @@ class Prefix:
         return path
 
 
-def fingerprint(facts: dict[str, Any]) -> str:
+def fingerprint(manifest: Manifest) -> str:
     """What makes an engine compute what it computes: graphs, weights and dtype, as program.json lists them."""
     listed = {
-        "stages": {k: s["sha256"] for k, s in facts["stages"].items()},
-        "weights": [f["sha256"] for f in (facts["weights"], *facts["weights"].get("linked", ()))],
-        "dtype": facts["dtype"],
-        "image": facts["processing"]["image"],
+        "stages": {k: s.sha256 for k, s in manifest.stages.items()},
+        "weights": [w.sha256 for w in manifest.weights],
+        "dtype": manifest.dtype,
+        "image": manifest.info.processing.image,
     }
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
@@ -89,9 +89,8 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
     try:
         with safe_open(path, "np") as f:
             said = json.loads((f.metadata() or {}).get("prefix", "{}"))
-            schema = said.get("schema") if isinstance(said, dict) else None
-            if schema != SCHEMA:
-                raise EngineError(f"{path}: not a prefix of schema {SCHEMA}, found {schema}")
+            with _engine_errors(f"{path}: "):
+                check_schema(said, "a stored prefix", ("made_for", "ids", "rows", "dtype", "tiles"), ("text",))
             if said["made_for"] != made_for:
                 raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  it is no dict
@@ -107,8 +106,8 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
 def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], layout: CacheLayout, made_for: str) -> Prefix:
     """A prefix from what a file holds. ValueError or KeyError if that is not what the engine would have written."""
     dtype, rows, info = said["dtype"], said["rows"], layout.info
-    if dtype != layout.dtype or rows != count_rows(said["ids"], info):
-        raise ValueError(f"{rows} rows in {dtype}, expected {count_rows(said['ids'], info)} in {layout.dtype}")
+    if dtype != layout.dtype or rows != count_tokens(said["ids"], info):
+        raise ValueError(f"{rows} rows in {dtype}, expected {count_tokens(said['ids'], info)} in {layout.dtype}")
     images = []
     for i, tiles in enumerate(said["tiles"]):
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"image.{i}.")}
@@ -119,7 +118,7 @@ def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], layout: Cac
         _, heads, _, width = layout.caches[k][0]
         if x.shape != (heads, rows, width):
             raise ValueError(f"{k} has shape {x.shape}, expected {(heads, rows, width)}")
-    view = View(info, images) if info.get("cross") else None
+    view = SequenceImages(info, images) if info.cross else None
     if view:
         view.sight.read(said["ids"])
     return Prefix(tuple(said["ids"]), rows, images, caches, view, made_for, dtype, said.get("text"))

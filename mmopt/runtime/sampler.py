@@ -1,4 +1,4 @@
-"""TODO."""
+"""How the next token is chosen, and where a text stops."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
 from mmopt.runtime.tensor import Tensor
 from mmopt.spec.dtypes import DTYPES
 from mmopt.spec.errors import EngineError
+from mmopt.spec.manifest import StageInfo
 
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
@@ -52,8 +52,8 @@ def choose_provider(provider: str | None, dtype: str) -> str:
 class StageSession:
     """One stage of an engine directory, loaded. `inputs` and `outputs`: name -> shape and dtype, as in program.json."""
 
-    def __init__(self, name: str, directory: Path, facts: dict[str, Any], provider: str, threads: int):
-        self.name, self.inputs, self.outputs = name, facts["inputs"], facts["outputs"]
+    def __init__(self, name: str, directory: Path, stage: StageInfo, provider: str, threads: int):
+        self.name, self.inputs, self.outputs = name, stage.inputs, stage.outputs
         self.device = "cpu" if provider == "cpu" else "cuda"
         there = ort.get_available_providers()
         chosen = next(p for p in PROVIDERS[provider] if p in there)
@@ -66,9 +66,9 @@ class StageSession:
         # each stage has threads of its own, which else go on spinning for a while where the next stage needs the cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = ort.InferenceSession(directory / facts["file"], options, providers=providers)
+            self.session = ort.InferenceSession(directory / stage.file, options, providers=providers)
         except Exception as e:  # ONNX Runtime has many error types, none of them public
-            raise EngineError(f"{directory / facts['file']}: ONNX Runtime cannot load stage {name}: {e}") from e
+            raise EngineError(f"{directory / stage.file}: ONNX Runtime cannot load stage {name}: {e}") from e
         if chosen not in self.session.get_providers():  # ONNX Runtime falls back silently
             raise EngineError(
                 f"provider {provider!r} is installed but cannot start (a driver or a library is missing); "
@@ -77,18 +77,18 @@ class StageSession:
 
     def empty(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """Memory for an output of these inputs."""
-        return Tensor.zeros(self.output_shape(name, inputs), self.outputs[name]["dtype"], self.device)
+        return Tensor.zeros(self.output_shape(name, inputs), self.outputs[name].dtype, self.device)
 
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Bound:
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> IoBinding:
         """Fix the memory of all inputs and outputs."""
-        return Bound(self, inputs, outputs)
+        return IoBinding(self, inputs, outputs)
 
     def output_shape(self, name: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Shape of an output whose free sizes are sizes of inputs."""
         sizes: dict[str, int] = {}
         for k, value in inputs.items():
-            sizes |= {s: n for s, n in zip(self.inputs[k]["shape"], value.shape, strict=True) if isinstance(s, str)}
-        return tuple(size_of(s, sizes) for s in self.outputs[name]["shape"])
+            sizes |= {s: n for s, n in zip(self.inputs[k].shape, value.shape, strict=True) if isinstance(s, str)}
+        return tuple(size_of(s, sizes) for s in self.outputs[name].shape)
 
 
 def size_of(size: int | str, sizes: Mapping[str, int]) -> int:
@@ -108,7 +108,7 @@ class Sessions(Mapping[str, StageSession]):
     single: stages that run with one thread.
     """
 
-    def __init__(self, directory: Path, stages: dict[str, Any], provider: str, threads: int, single: set[str]):
+    def __init__(self, directory: Path, stages: dict[str, StageInfo], provider: str, threads: int, single: set[str]):
         self._directory, self._stages, self._provider, self._threads = directory, stages, provider, threads
         self._single, self._lock = single, threading.Lock()
         self._loaded: dict[str, StageSession] = {}
@@ -117,8 +117,7 @@ class Sessions(Mapping[str, StageSession]):
         with self._lock:
             if name not in self._loaded:
                 threads = 1 if name in self._single else self._threads
-                facts = self._stages[name]
-                self._loaded[name] = StageSession(name, self._directory, facts, self._provider, threads)
+                self._loaded[name] = StageSession(name, self._directory, self._stages[name], self._provider, threads)
             return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -128,7 +127,7 @@ class Sessions(Mapping[str, StageSession]):
         return len(self._stages)
 
 
-class Bound:
+class IoBinding:
     """A session with its inputs and outputs bound to memory; `run` costs a few microseconds above the computation."""
 
     def __init__(self, stage: StageSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]):
@@ -138,7 +137,7 @@ class Bound:
         for name, t in inputs.items():
             self._binding.bind_input(name, t.device, 0, DTYPES[t.dtype].onnx, t.shape, t.pointer)
         for name, t in outputs.items():
-            target = stage.outputs[name].get("onnx", name)
+            target = stage.outputs[name].onnx or name
             self._binding.bind_output(target, t.device, 0, DTYPES[t.dtype].onnx, t.shape, t.pointer)
 
     def run(self) -> None:

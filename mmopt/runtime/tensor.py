@@ -1,4 +1,4 @@
-"""TODO."""
+"""Arrays that a session binds by address, on the host or on a device."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,36 @@ from mmopt.ir.program import Program
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
-from mmopt.pruning.apply import find_places
+from mmopt.pruning.apply import find_sites
 from mmopt.pruning.methods import METHODS
+from mmopt.pruning.sites import RESIZE
 from mmopt.rewrite.pass_base import Pass
 from mmopt.spec.files import save_json
 from mmopt.spec.flow_plan import FlowPlan
-
-FORMAT = "mmopt-plan-1"
-
-PIXELS, RESIZE = "pixels", "resize"  # where images are scaled down and no rows are selected: a place, its method
+from mmopt.spec.schema import SCHEMA, check_schema
 
 COMPRESS, REDUCE = "compress_visual_tokens", "reduce_flow_steps"
 
 Plan = dict[str, Any]
 
-"""``{"format": FORMAT, "passes": [{"name": ..., and its arguments}], ...}``; what was asked for and measured may stand
-beside it. All of it is JSON; in ``program.info["plan"]`` it goes along with a Program into its engines."""
+"""``{"schema": SCHEMA, "passes": [{"name": ..., and its arguments}], ...}``; `budget` and `measured`, what was asked for and what was
+found, may stand beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program into its engines."""
 
 
 def make_plan(passes: Sequence[dict[str, Any]], **facts: Any) -> Plan:
-    return {"format": FORMAT, "passes": list(passes), **facts}
+    return {"schema": SCHEMA, "passes": list(passes), **facts}
 
 
-def compression(place: str, method: str, keep: float, positions: str = "keep") -> dict[str, Any]:
+def compression(site: str, method: str, keep_ratio: float, position_ids: str = "keep") -> dict[str, Any]:
     """The pass compress_visual_tokens in a plan."""
-    return {"name": COMPRESS, "place": place, "method": method, "keep": keep, "positions": positions}
+    return {"name": COMPRESS, "site": site, "method": method, "keep_ratio": keep_ratio, "position_ids": position_ids}
 
 
 def flow_steps(program: Program) -> dict[str, Any]:
     """The pass reduce_flow_steps in a plan, with the plans that a program paints by."""
-    flow = program.info["flow"]
-    return {"name": REDUCE, "plan": flow["plan"], "fitted": list(flow.get("plans", ()))}
+    flow = program.info.required_flow
+    assert flow.plan is not None
+    return {"name": REDUCE, "plan": flow.plan.to_json(), "fitted": [p.to_json() for p in flow.plans]}
 
 
 def read_plan(source: Plan | str | Path) -> Plan:
@@ -58,11 +58,11 @@ def read_plan(source: Plan | str | Path) -> Plan:
                 if "plan" not in given["info"]:
                     raise ValueError("this engine was made without a plan")
                 given = given["info"]["plan"]
-            return read_plan(given if isinstance(given, dict) else {"format": type(given).__name__})
+            check_schema(given, "a plan")
+            return read_plan(given)
         except ValueError as e:  # of JSON and of text that is none, too
             raise ValueError(f"{path}: {e}") from e
-    if source.get("format") != FORMAT:
-        raise ValueError(f"not a plan: expected an object with format {FORMAT!r}, found {source.get('format')!r}")
+    check_schema(source, "a plan", ("passes",), ("budget", "measured"))
     steps = source.get("passes")
     if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
         raise ValueError(f"not a plan: its passes are {steps!r}, expected a list of objects")
@@ -78,7 +78,7 @@ def passes_of(plan: Plan | str | Path, program: Program | None = None) -> list[P
     """The passes of a plan, as `read_plan` takes it.
 
     Raises ValueError that names it for a pass, a method or an argument that is not known, and, with a `program`, for a
-    place that this program does not have.
+    site that this program does not have.
     """
     made = []
     for step in read_plan(plan)["passes"]:
@@ -97,17 +97,17 @@ def _arguments(name: str, given: dict[str, Any], needed: Sequence[str], other: S
 
 
 def _compress(given: dict[str, Any], program: Program | None) -> Pass:
-    _arguments(COMPRESS, given, ("place", "method", "keep"), ("positions",))
+    _arguments(COMPRESS, given, ("site", "method", "keep_ratio"), ("position_ids",))
     check_methods([given["method"]])
     if program is not None:
-        check_places(program, [given["place"]])
+        check_sites(program, [given["site"]])
     return CompressVisualTokens(**given)
 
 
 def _reduce(given: dict[str, Any], program: Program | None) -> Pass:
     _arguments(REDUCE, given, ("plan",), ("fitted",))
-    if program is not None and not program.painting:
-        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info['family']} paints no images")
+    if program is not None and not program.schedules.image:
+        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info.family} generates no images")
     return ReduceFlowSteps(FlowPlan.from_json(given["plan"]), [FlowPlan.from_json(f) for f in given.get("fitted", [])])
 
 
@@ -120,14 +120,14 @@ def check_methods(methods: Sequence[Any]) -> None:
             raise ValueError(f"method {method!r} is not known; there are {', '.join(known)}")
 
 
-def check_places(program: Program, wanted: Sequence[Any]) -> list[Any]:
-    """The places of a program where visual tokens can be compressed, or ValueError for one that is not there."""
-    places = find_places(program)
-    names = [p.name for p in places]
-    for place in wanted:
-        if place not in names:
-            raise ValueError(f"place {place!r} is not in this program; there are {', '.join(names) or 'none'}")
-    return places
+def check_sites(program: Program, wanted: Sequence[Any]) -> list[Any]:
+    """The sites of a program where visual tokens can be compressed, or ValueError for one that is not there."""
+    sites = find_sites(program)
+    names = [p.name for p in sites]
+    for site in wanted:
+        if site not in names:
+            raise ValueError(f"site {site!r} is not in this program; there are {', '.join(names) or 'none'}")
+    return sites
 
 
 def apply_plan(
@@ -139,7 +139,7 @@ def apply_plan(
 ) -> Result:
     """`mmopt.optimize` with a plan: its compression, then `passes` (by default the exact ones), then its flow steps.
 
-    The plan is kept in ``info["plan"]`` of the program made.
+    The plan is kept in ``info.plan`` of the program made.
     """
     plan = read_plan(plan)
     own = passes_of(plan, program)
@@ -151,5 +151,5 @@ def apply_plan(
 
 def with_plan(program: Program, plan: Plan) -> Program:
     made = program.copy()
-    made.info["plan"] = plan
+    made.info = replace(made.info, plan=plan)
     return made

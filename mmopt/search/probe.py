@@ -39,17 +39,17 @@ def chosen(score: Score, ids: Sequence[str]) -> Score:
 
 def flops(program: Program, beside: Program | None = None) -> float:
     """`cost` with as many images as the program was made for."""
-    return cost(program, beside, program.info["images"])
+    return cost(program, beside, program.info.images)
 
 
 def compressed(program: Program, candidate: Candidate) -> Program | str:
     """The program with a plan, or why that cannot be."""
-    _, method, keep, positions = candidate
+    _, method, keep_ratio, position_ids = candidate
     try:
-        made, report = CompressVisualTokens(keep, method, candidate.place, positions)(program)
+        made, report = CompressVisualTokens(keep_ratio, method, candidate.site, position_ids)(program)
     except ValueError as e:
         return str(e)
-    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.place, "program")]
+    own = [s for s in report.skipped if s.partition(":")[0] in (candidate.site, "program")]
     return made if report.rewrites else "; ".join(own or report.skipped)
 
 
@@ -103,7 +103,7 @@ def identity(program: Program, task: Task, settings: Any) -> dict[str, str]:
     """Digests of the program, its weights among it, of the samples with their images, and of the settings."""
     score = getattr(task.score, "__qualname__", task.score)
     return {
-        "program": digest(str(program), program.info["context"], *sampled(program)),
+        "program": digest(str(program), program.info.context, *sampled(program)),
         "task": digest(score, *(x for s in task.samples for x in content_of(s))),
         "settings": digest(settings),
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmopt.measure.statistics import Difference, Score, paired
+from mmopt.measure.statistics import Difference, Score, compare_scores
 from mmopt.report import grouped, number, png_figure, save_png
 from mmopt.search.plan import compression
 from mmopt.spec.files import save_json
@@ -24,20 +24,22 @@ Interval = tuple[float, float]
 class Candidate(NamedTuple):
     """Arguments of compress_visual_tokens: where, how, which share of the rows stays, and at which positions."""
 
-    place: str
+    site: str
     method: str
-    keep: float
-    positions: str = "keep"
+    keep_ratio: float
+    position_ids: str = "keep"
 
     def __str__(self) -> str:
-        return f"{self.method} at {self.place}, keep {self.keep:g}" + ", renumbered" * (self.positions == "renumber")
+        return f"{self.method} at {self.site}, keep {self.keep_ratio:g}" + ", renumbered" * (
+            self.position_ids == "renumber"
+        )
 
 
 @dataclass(frozen=True)
 class Row:
     """A plan, measured. `plan` None: nothing is compressed.
 
-    kept, of: rows of an image at the place, with the plan and before it. flops: of encoding the images and reading the
+    kept, of: rows of an image at the site, with the plan and before it. flops: of encoding the images and reading the
     prompt. cost: flops, or time where `seconds` (median time to the first token) is there, relative to the program that
     is not compressed. quality: mean score on `samples` and its 95 % interval; difference: to the uncompressed program,
     paired, and its interval. pruned: given up after a few samples.
@@ -74,13 +76,13 @@ class Row:
 
 
 def compared(a: Score, b: Score) -> tuple[Difference, Interval]:
-    """`mmopt.paired`, and an interval that few samples cannot make too narrow.
+    """`mmopt.compare_scores`, and an interval that few samples cannot make too narrow.
 
     A bootstrap of samples that all came out alike is a point, however few they are. The interval returned covers it and
     that of Agresti and Min (2005, Statistics in Medicine 24): two samples are added, half of one won and half of one
     lost, and the errors taken as normal.
     """
-    found = paired(a, b)
+    found = compare_scores(a, b)
     d = [x - y for x, y in zip(a.scores, b.scores, strict=True)]
     n = len(d) + 2
     mean, square = sum(d) / n, (sum(x * x for x in d) + 1) / n
@@ -147,15 +149,15 @@ class Search:
         console = Console(file=(file := io.StringIO()), width=160, markup=False, highlight=False)
         best, chosen, timed = {id(r) for r in self.frontier()}, self.best, self.full.seconds is not None
         heads = ["method", "keep", "rows", "FLOP", *(["first token"] if timed else []), "cost"]
-        whole = [Column(name, no_wrap=True) for name in ("place", "95 %", "budget")]  # other columns wrap first
+        whole = [Column(name, no_wrap=True) for name in ("site", "95 %", "budget")]  # other columns wrap first
         table = Table(whole[0], *heads, "quality", "difference", whole[1], "samples", whole[2], "best")
         for r in [self.full, *self.rows]:
-            place, method, keep, positions = r.plan or ("", "", 1.0, "keep")
+            site, method, keep_ratio, position_ids = r.plan or ("", "", 1.0, "keep")
             seconds = [] if not timed else ["" if r.seconds is None else f"{1e3 * r.seconds:.3g} ms"]
             told = "" if r.plan is None else "given up" if r.pruned else r.verdict
             difference = ["", ""] if r.plan is None else [f"{r.difference:+.4f}", _range(r.difference_interval, "+")]
             table.add_row(
-                place, method, f"{keep:g}" + " renumbered" * (positions == "renumber"),
+                site, method, f"{keep_ratio:g}" + " renumbered" * (position_ids == "renumber"),
                 "" if r.kept is None else f"{r.kept} of {r.of}", number(r.flops), *seconds, f"{r.cost:.3f}",
                 f"{r.quality:.4f}", *difference, str(r.samples), told,
                 "->" if r is chosen else "*" if id(r) in best else "",

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Errors of engine directories and requests."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = "mmopt-flow-plan-1"
+from mmopt.spec.files import save_json
+from mmopt.spec.schema import SCHEMA, check_schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ class FlowPlan:
         return len(self.times)
 
     @property
-    def passes(self) -> int:
+    def forwards(self) -> int:
         """Passes of one sample through the network: two for a guided evaluation, one for another."""
         return self.evaluations + int(self.guided.sum())
 
@@ -106,27 +107,29 @@ class FlowPlan:
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"format": FORMAT} | {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
+        return {"schema": SCHEMA} | {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
     @staticmethod
     def from_json(data: Any) -> FlowPlan:
         """The plan that `to_json` described. Raises ValueError for anything else."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not a flow plan: expected an object with format {FORMAT!r}, found {found!r}")
-        names = [f.name for f in dataclasses.fields(FlowPlan)]
-        if missing := [k for k in names if k not in data]:
-            raise ValueError(f"not a flow plan: lacks {', '.join(missing)}")
+        names = tuple(f.name for f in dataclasses.fields(FlowPlan))
+        check_schema(data, "a flow plan", names)
         if not isinstance(data["name"], str):
             raise ValueError(f"not a flow plan: its name is {data['name']!r}, expected text")
         return FlowPlan(**{k: data[k] for k in names})
 
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        number = {"type": "number"}
+        numbers: dict[str, Any] = {"type": "array", "items": number}
+        tables = {k: {"type": "array", "items": numbers} for k in ("cond", "uncond")}
+        lists = {"times": numbers, "a": numbers, "guided": {"type": "array", "items": {"type": "boolean"}}}
+        known = {"schema": {"const": SCHEMA}, "name": {"type": "string"}, **lists, **tables, "guidance": number}
+        return {"type": "object", "properties": known, "required": list(known), "additionalProperties": False}
+
     def save(self, path: str | Path) -> None:
         """Write the plan as a JSON file."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json()) + "\n")
-        temporary.replace(path)
+        save_json(self.to_json(), path)
 
     @staticmethod
     def load(path: str | Path) -> FlowPlan:

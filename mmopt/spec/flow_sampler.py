@@ -1,4 +1,4 @@
-"""Runs the painting schedule of a Program or an engine: prompts and noise in, latents and images out.
+"""Runs the image schedule of a Program or an engine: prompts and noise in, latents and images out.
 
 The samples of a painting of G images are 2 G rows of a batch: the G conditional ones, then the G unconditional ones,
 which see of the prompt its first token alone. Guidance and the solver are arithmetic on latents, outside all graphs.
@@ -6,13 +6,14 @@ which see of the prompt its first token alone. Guidance and the solver are arith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mmopt.spec.flow_plan import FlowPlan
+from mmopt.spec.model_info import Flow, ModelInfo
 from mmopt.spec.schedule import table_of
 from mmopt.spec.solvers import make_plan
 
@@ -40,23 +41,23 @@ class Samples:
         return {f"prompt.{k}": v for k, v in names.items()} | {"image.offset": self.image_offset}
 
 
-def lay_out(prompts: Sequence[Sequence[int]], info: dict[str, Any]) -> Samples:
+def lay_out(prompts: Sequence[Sequence[int]], flow: Flow, capacity: int, vocab_size: int) -> Samples:
     """Prompts of ids -> samples; the last id of a prompt gives way to the row that tells the time.
 
     As the reference has it, shorter prompts are padded on the left and unconditional ones are their first id and
-    padding, all of it hidden by `seen`. Where a pass left hidden rows out (``info["flow"]["compact"]``), a sample holds
+    padding, all of it hidden by `seen`. Where a pass left hidden rows out (``flow.compact``), a sample holds
     the rows that are seen, and padding lies behind them, to be written over. Raises ValueError for no prompt, one of
     fewer than two ids or of ids that are not text, and for more rows than the caches hold.
     """
     if not prompts:
         raise ValueError("no prompt was given")
-    rows, capacity = info["flow"]["rows"] + 1, info["context"]
+    rows = flow.tokens + 1
     for i, prompt in enumerate(prompts):
         if len(prompt) < 2:
             raise ValueError(f"prompt {i} has {len(prompt)} ids, expected at least two: the first token and the last")
-        wrong = [t for t in prompt if not 0 <= t < info["vocab_size"]]
+        wrong = [t for t in prompt if not 0 <= t < vocab_size]
         if wrong:
-            raise ValueError(f"prompt {i}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}")
+            raise ValueError(f"prompt {i}: token ids {wrong[:5]} are outside the vocabulary of {vocab_size}")
         if len(prompt) - 1 + rows > capacity:
             raise ValueError(
                 f"prompt {i} takes {len(prompt) - 1} rows and an image {rows}, but the cache holds {capacity}; "
@@ -66,7 +67,7 @@ def lay_out(prompts: Sequence[Sequence[int]], info: dict[str, Any]) -> Samples:
     most = max(lengths)
     ids, seen = np.zeros((2 * count, most), np.int64), np.ones((2 * count, capacity), bool)
     begin, offset = np.zeros(2 * count, np.int64), np.zeros(2 * count, np.int64)
-    compact = info["flow"].get("compact", False)
+    compact = flow.compact
     for b, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
         lead = 0 if compact else most - n
         ids[b, lead : lead + n], ids[count + b, lead] = prompt[:-1], prompt[0]
@@ -80,14 +81,14 @@ def lay_out(prompts: Sequence[Sequence[int]], info: dict[str, Any]) -> Samples:
     return Samples(ids, seen, begin, np.concatenate([lengths, alone]), offset, after)
 
 
-class Painter:
-    """Follows a painting schedule. Subclasses say how a stage runs; values are arrays of any library with slices.
+class FlowSampler:
+    """Follows a image schedule. Subclasses say how a stage runs; values are arrays of any library with slices.
 
     inputs: stage -> names of its inputs -> shapes. `trips` is called after each evaluation with its number and latents.
     """
 
     def __init__(
-        self, schedule: Sequence[Any], inputs: dict[str, dict[str, Sequence]], samples: Samples, plan: FlowPlan,
+        self, schedule: Sequence[Any], inputs: Mapping[str, Mapping[str, Sequence]], samples: Samples, plan: FlowPlan,
         trips: Callable[[int, Any], None] | None = None,
     ):  # fmt: skip
         self.schedule, self.inputs, self.samples, self.plan = schedule, inputs, samples, plan
@@ -105,7 +106,7 @@ class Painter:
     def expand(self, x: Any, samples: int) -> Any:
         raise NotImplementedError
 
-    def paint(self, noise: Any) -> Any:
+    def sample(self, noise: Any) -> Any:
         """The latents at the end of the schedule, from float32 noise ``[G, c, h, w]``."""
         self.values["latents"] = noise
         for item in self.schedule:
@@ -162,7 +163,7 @@ def levels(pixels: np.ndarray) -> np.ndarray:
     return ((np.clip(pixels, -1, 1) + 1) / 2 * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarray:
+def draw_noise(images: int, info: ModelInfo, seed: int | None) -> np.ndarray:
     """The noise of a seed ``[images, c, h, w]``, the same in torch and in engines. Image i has its own stream.
 
     Raises ValueError for a seed that is not a whole number of at least 0, or None.
@@ -170,20 +171,20 @@ def draw_noise(images: int, info: dict[str, Any], seed: int | None) -> np.ndarra
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
         raise ValueError(f"seed is {seed!r}, expected a whole number of at least 0")
     seeds = np.random.SeedSequence(seed).spawn(images)
-    shape = info["flow"]["latents"]
+    shape = info.required_flow.latents
     return np.stack([np.random.default_rng(s).standard_normal(shape, np.float32) for s in seeds])
 
 
-def plan_of(plan: FlowPlan | None, info: dict[str, Any]) -> FlowPlan:
+def plan_of(plan: FlowPlan | None, info: ModelInfo) -> FlowPlan:
     """The plan, by default that of the program, else the reference's."""
-    if plan is None and "plan" in info["flow"]:
-        return FlowPlan.from_json(info["flow"]["plan"])
-    return plan or make_plan("euler", info["flow"]["steps"], guidance=info["flow"]["guidance"])
+    return (
+        plan
+        or info.required_flow.plan
+        or make_plan("euler", info.required_flow.steps, guidance=info.required_flow.guidance)
+    )
 
 
-def choose_plan(
-    solver: str | FlowPlan | None, steps: int | None, guidance: float | None, info: dict[str, Any]
-) -> FlowPlan:
+def choose_plan(solver: str | FlowPlan | None, steps: int | None, guidance: float | None, info: ModelInfo) -> FlowPlan:
     """A plan by the name of its solver, or the one to take by default: see `Engine.generate_image`.
 
     Raises ValueError for an unknown solver, for a plan together with steps or guidance, and if "fitted" is asked for
@@ -193,12 +194,12 @@ def choose_plan(
         if steps is not None or guidance is not None:
             raise ValueError("a plan says its own steps and guidance: give either a plan or these")
         return solver
-    if solver is None and steps is None and guidance is None and "plan" in info["flow"]:
-        return FlowPlan.from_json(info["flow"]["plan"])
+    if solver is None and steps is None and guidance is None and info.required_flow.plan is not None:
+        return info.required_flow.plan
     count = STEPS if steps is None else steps
-    weight = info["flow"]["guidance"] if guidance is None else guidance
+    weight = info.required_flow.guidance if guidance is None else guidance
     if solver in (None, "fitted"):
-        held = [FlowPlan.from_json(p) for p in info["flow"].get("plans", ())]
+        held = info.required_flow.plans
         for plan in held:
             if plan.evaluations == count and plan.guidance == weight:
                 return plan

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LEFT_OUT = ("left_out_before", "left_out", "left_out_late")  # what `told_of_images` tells
+from mmopt.spec.model_info import ModelInfo
+
+POSITION_DELTAS = ("position_delta_before", "position_delta", "cache_delta")  # what `position_deltas` tells
 
 
 @dataclass(frozen=True)
@@ -18,73 +20,69 @@ class Chunk:
     ids: tuple[int, ...]
 
 
-def count_rows(prompt: Sequence[int], info: dict[str, Any]) -> int:
-    """Rows a prompt takes in the cache: one for each token, `rows_per_image` for each image."""
-    images = sum(1 for t in prompt if t == info["image_id"])
-    return len(prompt) + images * (info["rows_per_image"] - 1)
+def count_tokens(prompt: Sequence[int], info: ModelInfo) -> int:
+    """Rows a prompt takes in the cache: one for each token, `tokens_per_image` for each image."""
+    images = sum(1 for t in prompt if t == info.image_id)
+    return len(prompt) + images * (info.tokens_per_image - 1)
 
 
-def left_out(prompt: Sequence[int], info: dict[str, Any]) -> int:
+def empty_positions(prompt: Sequence[int], info: ModelInfo) -> int:
     """Rows of a prompt's images that were left out of the cache, at whose positions nothing stands."""
-    return info.get("rows_left_out", 0) * sum(1 for t in prompt if t == info["image_id"])
+    return info.position_delta * sum(1 for t in prompt if t == info.image_id)
 
 
-def told_of_images(before: Any, after: Any, info: dict[str, Any]) -> dict[str, Any]:
+def position_deltas(before: Any, after: Any, info: ModelInfo) -> dict[str, Any]:
     """What the language model is told of rows that were left out: of so many images before a call and after it.
 
-    left_out: rows whose positions stay empty; left_out_late: rows that its later layers do not hold.
+    left_out: rows whose positions stay empty; cache_delta: rows that its later layers do not hold.
     """
-    every, late = info.get("rows_left_out", 0), info.get("rows_left_out_late", 0)
-    return dict(zip(LEFT_OUT, (before * every, after * every, before * late), strict=True))
+    every, late = info.position_delta, info.cache_delta
+    return dict(zip(POSITION_DELTAS, (before * every, after * every, before * late), strict=True))
 
 
-def plan(
-    prompts: Sequence[Sequence[int]], info: dict[str, Any], new_tokens: int, images: Sequence[int] | None = None
+def layout_prompts(
+    prompts: Sequence[Sequence[int]], info: ModelInfo, new_tokens: int, images: Sequence[int] | None = None
 ) -> list[Chunk]:
-    """Prompts (ids with ``info["image_id"]`` where an image stands) -> chunks, sample by sample, in order.
+    """Prompts (ids with ``info.image_id`` where an image stands) -> chunks, sample by sample, in order.
 
-    Where images lie outside the text (``info["cross"]``) a prompt is one chunk, and `images` may say how many images
+    Where images lie outside the text (``info.cross``) a prompt is one chunk, and `images` may say how many images
     each prompt has, if that is not the number of its markers.
 
     Raises ValueError for an empty prompt, one that ends with an image whose rows lie in the text, one that is too long
     for the cache with `new_tokens` more, ids outside the vocabulary, and for more samples or images than planned for.
     """
-    apart = info.get("cross") is not None
+    apart = info.cross is not None
     if images is not None and (not apart or len(images) != len(prompts)):
         raise ValueError(f"images is {images!r}, expected None" + (f" or {len(prompts)} numbers" if apart else ""))
     if not prompts:
         raise ValueError("no prompt was given")
-    if len(prompts) > info["batch"]:
-        raise ValueError(f"{len(prompts)} prompts at once, but this program was made for at most {info['batch']}")
+    if len(prompts) > info.batch:
+        raise ValueError(f"{len(prompts)} prompts at once, but this program was made for at most {info.batch}")
     chunks, image = [], 0
     for sample, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {sample} is empty")
-        if prompt[-1] == info["image_id"] and not apart:
+        if prompt[-1] == info.image_id and not apart:
             raise ValueError(
                 f"prompt {sample} ends with an image: text must follow (an answer is asked for after text)"
             )
-        wrong = [t for t in prompt if t != info["image_id"] and not 0 <= t < info["vocab_size"]]
+        wrong = [t for t in prompt if t != info.image_id and not 0 <= t < info.vocab_size]
         if wrong:
-            raise ValueError(
-                f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info['vocab_size']}"
-            )
-        count = sum(1 for t in prompt if t == info["image_id"]) if images is None else images[sample]
-        if count > info["images"]:
-            raise ValueError(
-                f"prompt {sample} has {count} images, but this program was made for at most {info['images']}"
-            )
-        rows = count_rows(prompt, info)
-        if rows + new_tokens - 1 > info["context"]:
+            raise ValueError(f"prompt {sample}: token ids {wrong[:5]} are outside the vocabulary of {info.vocab_size}")
+        count = sum(1 for t in prompt if t == info.image_id) if images is None else images[sample]
+        if count > info.images:
+            raise ValueError(f"prompt {sample} has {count} images, but this program was made for at most {info.images}")
+        rows = count_tokens(prompt, info)
+        if rows + new_tokens - 1 > info.context:
             raise ValueError(
                 f"prompt {sample} takes {rows} rows and {new_tokens} new tokens are asked for, but the cache holds "
-                f"{info['context']}; trace with a larger context or ask for fewer tokens"
+                f"{info.context}; trace with a larger context or ask for fewer tokens"
             )
-        reach = rows + left_out(prompt, info) + new_tokens - 1
-        if reach > info.get("positions", reach):
+        reach = rows + empty_positions(prompt, info) + new_tokens - 1
+        if info.positions is not None and reach > info.positions:
             raise ValueError(
                 f"prompt {sample} reaches position {reach}, rows of images that were left out counted, but the model "
-                f"has {info['positions']}; renumber positions, ask for fewer tokens or give fewer images"
+                f"has {info.positions}; renumber positions, ask for fewer tokens or give fewer images"
             )
         if apart:
             chunks.append(Chunk(sample, tuple(range(image, image + count)), tuple(map(int, prompt))))
@@ -93,7 +91,7 @@ def plan(
         begun: list[int] = []
         ids: list[int] = []
         for token in prompt:
-            if token == info["image_id"]:
+            if token == info.image_id:
                 if ids:  # a chunk begins with its images, so text before an image ends a chunk
                     chunks.append(Chunk(sample, tuple(begun), tuple(ids)))
                     begun, ids = [], []
@@ -105,4 +103,4 @@ def plan(
     return chunks
 
 
-LATE = "left_out_late"
+LATE = "cache_delta"

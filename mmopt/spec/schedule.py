@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -78,19 +78,121 @@ def is_cache(name: str) -> bool:
     return name.partition(".")[0] in ("key_cache", "value_cache")
 
 
-def to_json(item: Call | Loop) -> dict[str, Any]:
-    """A part of a schedule as program.json holds it."""
+class Schedule(tuple[Call | Loop, ...]):
+    """The calls and loops of one task, in order. What part a call or loop plays is asked here, nowhere else."""
+
+    @property
+    def encode_calls(self) -> tuple[Call, ...]:
+        """Calls outside all loops: stages that images (or prompts) go through once."""
+        return tuple(i for i in self if isinstance(i, Call))
+
+    @property
+    def prefill(self) -> Loop | None:
+        """The loop that reads prompts, chunk by chunk."""
+        return next((i for i in self if isinstance(i, Loop) and i.over == "chunks"), None)
+
+    @property
+    def decode(self) -> Loop | None:
+        """The loop that makes one token after the other."""
+        return next((i for i in self if isinstance(i, Loop) and i.until is not None), None)
+
+    @property
+    def steps(self) -> Loop | None:
+        """The loop over the steps of a flow sampler."""
+        return next((i for i in self if isinstance(i, Loop) and i.update is not None), None)
+
+    def calls(self) -> Iterator[Call]:
+        """All calls, those inside loops too."""
+        return calls_of(self)
+
+    def sample_calls(
+        self, inputs: Mapping[str, Iterable[str]], outputs: Mapping[str, Iterable[str]]
+    ) -> tuple[Call, ...]:
+        """Those of the calls outside loops that read all images of a sample (``media``), not one image alone.
+
+        inputs, outputs: names of what each stage reads and makes.
+        """
+        made, found = {"media"}, []
+        for call in self.encode_calls:
+            if made & {s for name in inputs[call.stage] for s in call.sources(name)}:
+                made |= {call.target(name) for name in outputs[call.stage]}
+                found.append(call)
+        return tuple(found)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [_to_json(i) for i in self]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Schedule:
+        """What `to_json` wrote. Raises ValueError for anything else."""
+        if not isinstance(data, list):
+            raise ValueError(f"a schedule is a list of calls and loops, found {type(data).__name__}")
+        return cls(_from_json(i) for i in data)
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        source = {"anyOf": [{"type": "string"}, _object({"cat": {"type": "integer"}, "names": {"type": "array"}})]}
+        call = _object({"call": {"type": "string"}}, {
+            "rename": {"type": "object", "additionalProperties": source},
+            "writes": {"type": "object", "additionalProperties": {"type": "string"}},
+        })  # fmt: skip
+        text = {"type": ["string", "null"]}
+        loop = _object(
+            {"loop": {"type": "array", "items": call}},
+            {"over": text, "trips": text, "until": text, "update": {"type": "array", "items": {"type": "string"}}},
+        )
+        return {"type": "array", "items": {"anyOf": [call, loop]}}
+
+
+NOTHING = Schedule()
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """text: from images and prompts to answers. image: from a prompt and noise to an image (empty: none are made)."""
+
+    text: Schedule
+    image: Schedule = NOTHING
+
+    def replaced(self, **changes: Iterable[Call | Loop]) -> Schedules:
+        """With another schedule for ``text``, ``image`` or both."""
+        return replace(self, **{k: Schedule(v) for k, v in changes.items()})
+
+    def calls(self) -> Iterator[Call]:
+        yield from self.text.calls()
+        yield from self.image.calls()
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    properties = required | (optional or {})
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _to_json(item: Call | Loop) -> dict[str, Any]:
     if isinstance(item, Loop):
-        made = {"loop": [to_json(c) for c in item.body], "over": item.over, "trips": item.trips, "until": item.until}
+        names = {k: getattr(item, k) for k in ("over", "trips", "until") if getattr(item, k) is not None}
+        made: dict[str, Any] = {"loop": [_to_json(c) for c in item.body]} | names
         return made | ({"update": list(item.update)} if item.update else {})
     rename = {k: {"cat": v.dim, "names": list(v.names)} if isinstance(v, Cat) else v for k, v in item.rename.items()}
-    return {"call": item.stage, "rename": rename} | ({"writes": dict(item.writes)} if item.writes else {})
+    named = {"rename": rename, "writes": dict(item.writes)}
+    return {"call": item.stage} | {k: v for k, v in named.items() if v}
 
 
-def from_json(facts: dict[str, Any]) -> Call | Loop:
-    if "loop" in facts:
-        body = tuple(from_json(c) for c in facts["loop"])
-        update = tuple(facts["update"]) if "update" in facts else None
-        return Loop(body, facts["over"], facts["trips"], facts["until"], update)  # type: ignore[arg-type]
-    rename = {k: v if isinstance(v, str) else Cat(v["cat"], tuple(v["names"])) for k, v in facts["rename"].items()}
-    return Call(facts["call"], rename, facts.get("writes", {}))
+def _from_json(data: Any) -> Call | Loop:
+    known = {"call": {"call", "rename", "writes"}, "loop": {"loop", "over", "trips", "until", "update"}}
+    kind = next((k for k in known if isinstance(data, dict) and k in data), None)
+    if kind is None or (unknown := sorted(set(data) - known[kind])):
+        raise ValueError(
+            f"expected a call or a loop, found {data!r}"
+            if kind is None
+            else f"{kind}: unknown field {', '.join(unknown)}"
+        )
+    if kind == "loop":
+        body = [_from_json(c) for c in data["loop"]]
+        if not all(isinstance(c, Call) for c in body):
+            raise ValueError("a loop holds calls, found a loop in it")
+        update = tuple(data["update"]) if "update" in data else None
+        return Loop(tuple(body), data.get("over"), data.get("trips"), data.get("until"), update)  # type: ignore[arg-type]
+    rename = data.get("rename", {})
+    sources = {k: v if isinstance(v, str) else Cat(v["cat"], tuple(v["names"])) for k, v in rename.items()}
+    return Call(data["call"], sources, data.get("writes", {}))

@@ -1,4 +1,4 @@
-"""The benchmarks of speed and of composition: which passes and places they take, what they refuse to time."""
+"""The benchmarks of speed and of composition: which passes and sites they take, what they refuse to time."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from compressed import compressed, traced
 
 import mmopt
 from mmopt.ir.graph import CACHED_ATTENTION
+from mmopt.measure.head import KEYS
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.pipeline import default_passes
 from mmopt.rewrite.contracts import ContractError
@@ -21,6 +22,7 @@ from mmopt.rewrite.contracts import ContractError
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/benchmarks"))
 import compression_composition as composition
 import compression_speed as speed
+import tables_tokens
 import threads
 
 FULL, POOL, DIVERSE = speed.Way("full", 1.0), speed.Way("pool", 0.25), speed.Way("diverse", 0.5)
@@ -33,17 +35,17 @@ def program():
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-def test_places(program):
+def test_sites(program):
     """After a third of the tower, all through it, where rows leave a stage, after a sixth of the language model."""
-    made = speed.places_of(program)
+    made = speed.sites_of(program)
     assert list(made) == ["pixels", "vision.1", "vision.all", "vision", "abstractor", "language_model.1"]
     assert made["pixels"] == ("resize",)
 
 
 def test_early():
-    places = [speed.Place(f"tower.{i}", "tower", 9, None, ()) for i in range(1, 13)]
-    places += [speed.Place("tower.all", "tower", 9, None, ()), speed.Place("other.1", "other", 9, None, ())]
-    assert [speed.early(places, "tower", x) for x in (1 / 3, 1 / 6, 0.01, 1)] == [
+    sites = [speed.PruneSite(f"tower.{i}", "tower", 9, None, ()) for i in range(1, 13)]
+    sites += [speed.PruneSite("tower.all", "tower", 9, None, ()), speed.PruneSite("other.1", "other", 9, None, ())]
+    assert [speed.early(sites, "tower", x) for x in (1 / 3, 1 / 6, 0.01, 1)] == [
         "tower.4", "tower.2", "tower.1", "tower.12",
     ]  # fmt: skip
 
@@ -66,12 +68,18 @@ def test_group(program, monkeypatch, tmp_path):
     stages, refused = speed.build(program, "vision", POOL, tmp_path, 1)
     assert stages is None
     assert "would save" in refused["refused"]
-    found = {"device": "d", "threads": 1, "dtype": "float32", "versions": {"torch": "2"}, "limits": {"a": limits}}
-    sizes = {"parameters": 1e6, "rows_per_image": 9, "text": 63, "rounds": 1}
+    found = {"machine": {"cpu": "d", "cores": 2}, "threads": 1, "dtype": "float32", "versions": {"torch": "2"}}
+    found["limits"] = {"abstractor": limits}
+    sizes = {"parameters": 1e6, "tokens_per_image": 9, "text": 63, "rounds": 1}
     found |= {"sizes": sizes, "rows": [*rows, refused], "notes": ["a note"]}
     shown = speed.text("tiny", json.loads(json.dumps(found)))
     assert shown.count("pool") == 2  # one row of the table, one refusal
     assert "diverse" in shown
+    table = tables_tokens.speed({"tiny": found})
+    assert [line.split(" |")[0] for line in table if "`abstractor`" in line][:2] == [
+        "| `abstractor`, pool", "| `abstractor`, diverse"
+    ]  # fmt: skip
+    assert "`vision`." in table[-2]  # refused
     speed.plot({"tiny": found}, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
@@ -105,17 +113,9 @@ def test_faster():
     assert "language" not in speed.sums(1.0, 2.0, 0.0, False)
 
 
-def test_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results.json"
-    speed.write({"configs": {"a": 1}}, path)
-    with pytest.raises(TypeError):
-        speed.write({"configs": {"a": object()}}, path)
-    assert json.loads(path.read_text()) == {"configs": {"a": 1}}
-
-
-def test_unknown_place(monkeypatch, program):
+def test_unknown_site(monkeypatch, program):
     monkeypatch.setattr(mmopt, "trace", lambda model: program, raising=False)
-    with pytest.raises(ValueError, match=r"--places: expected some of pixels, .*found tower"):
+    with pytest.raises(ValueError, match=r"--sites: expected some of pixels, .*found tower"):
         speed.measure("mplug-owl2-tiny", [0.5], ["tower"], 1, 1, lambda *now: None)
 
 
@@ -132,9 +132,11 @@ def test_threads_are_timed_in_processes_of_their_own(program, monkeypatch, tmp_p
         took = {"spin on": 30.0, "stop": 10.0}[asked[-1]]
         return SimpleNamespace(stdout=json.dumps({"decode": {"min_ms": took, "median_ms": took}}))
 
-    monkeypatch.setattr(threads.subprocess, "run", run)
+    monkeypatch.setattr(threads, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(mmopt, "trace", lambda model: program, raising=False)
-    (row,) = threads.measure("mplug-owl2-tiny", 1, 2, 2)["rows"]
+    found = threads.measure("mplug-owl2-tiny", 1, 2, 2)
+    assert set(KEYS) <= set(found)
+    (row,) = found["rows"]
     assert asked == ["spin on", "stop"] * 2
     assert row["median"] == 3
 
@@ -182,6 +184,6 @@ def test_compressed_programs_paint_and_lose_masks(tmp_path):
     engine = mmopt.Engine(mmopt.export(made, tmp_path / "engine", check=False), provider="cpu", threads=1)
     prompts, noise = [[3, 4, 5, 6], [7, 8]], mmopt.spec.flow_sampler.draw_noise(2, made.info, 0)
     plan = mmopt.spec.solvers.make_plan("euler", 2, guidance=3.0)
-    wanted = traced("janus").paint(prompts, torch.from_numpy(noise), plan)["latents"]
-    found = engine.paint(prompts, solver=plan, noise=noise).latents
+    wanted = traced("janus").generate_images(prompts, torch.from_numpy(noise), plan)["latents"]
+    found = engine.generate_images(prompts, solver=plan, noise=noise).latents
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-3, rtol=1e-3)

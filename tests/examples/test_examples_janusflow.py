@@ -90,7 +90,7 @@ def test_frechet_distance_of_normal_distributions():
 # -------------------------------------------------------------------------------------------------------- checkpoint
 def test_files_are_in_the_official_layout(model, prompts):
     c = model.config
-    assert (c.flow.latents, c.flow.rows, c.rows_per_image) == ((4, 8, 8), 16, 17)
+    assert (c.flow.latents, c.flow.rows, c.tokens_per_image) == ((4, 8, 8), 16, 17)
     assert (c.bos_token_id, c.eos_token_id) == (digits.BOS_ID, digits.EOS_ID)
     assert prompts.tokenizer.to_str() == digits.make_tokenizer().to_str()
     assert prompts.tokenizer.encode("a red 7").ids[0] == digits.BOS_ID
@@ -159,7 +159,7 @@ def test_paints_what_is_asked(model, prompts):
 def test_optimized_program_paints_the_same(model, prompts):
     wanted, noise = digits.orders(2, seed=3)
     program = mmopt.optimize(mmopt.trace(model, batch=2, images=1, context=96)).program
-    made = program.paint([prompts.painting(wanted.caption(i)) for i in range(2)], noise)
+    made = program.generate_images([prompts.painting(wanted.caption(i)) for i in range(2)], noise)
     pixels, latents = digits.painted(model.module, prompts, wanted, noise)
     torch.testing.assert_close(made["latents"], latents, atol=1e-4, rtol=1e-4)
     assert np.abs(judge.as_uint8(made["image"]).astype(int) - pixels).max() <= 1

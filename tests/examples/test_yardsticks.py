@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mmopt
+from mmopt.measure.head import KEYS
 from mmopt.processing.image_processor import open_image
 from mmopt.processing.tile_processor import processor_of
 
@@ -17,11 +18,14 @@ pytest.importorskip("easy_vqa")
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/benchmarks")]
 import compression_quality as quality  # noqa: E402
 import compression_report as report  # noqa: E402
+import document  # noqa: E402
 import yardsticks  # noqa: E402
 from compression_quality import Results, Way  # noqa: E402
+from result_files import read  # noqa: E402
 
-FACTS = {"checkpoint": "c", "positions": "keep", "dtype": "float32", "device": "d", "threads": 1, "versions": {}}
-FACTS |= {"sizes": {"places": {"pixels": 16, "vision": 16}}}
+FACTS = {"checkpoint": "c", "position_ids": "keep", "dtype": "float32", "threads": 1, "versions": {}}
+FACTS |= {"machine": {"cpu": "c", "cores": 2}, "date": "now", "commit": "new"}
+FACTS |= {"sizes": {"sites": {"pixels": 16, "vision": 16}}}
 FULL, RANDOM, POOL = Way("", "full", 1.0), Way("vision", "random", 0.5), Way("vision", "pool", 0.5)
 
 
@@ -78,13 +82,13 @@ def test_blind_pictures_are_nothing_but_the_mean(yard):
     task = yardsticks.blind(yard.program, yard.tasks["colour or shape"])
     original = yard.tasks["colour or shape"].samples[3]
     assert (task.samples[3].id, task.samples[3].answers) == (original.id, original.answers)
-    pixels = processor_of(yard.program.info["processing"]["image"])([open_image(task.samples[3].images[0])])
+    pixels = processor_of(yard.program.info.processing.image)([open_image(task.samples[3].images[0])])
     assert np.abs(pixels).max() < 0.01
 
 
 def test_measure_agrees_with_a_program_and_needs_the_pictures(yard):
     task = yard.tasks["colour or shape"]
-    slow, fast = mmopt.quality(yard.program, yardsticks.first(task, 4)), yardsticks.measure(yard.program, task, 4)
+    slow, fast = mmopt.evaluate(yard.program, yardsticks.first(task, 4)), yardsticks.measure(yard.program, task, 4)
     assert (slow.predictions, slow.ids) == (fast.predictions, fast.ids)
     assert yardsticks.measure(yard.program, task, 60).mean > 0.9
     assert yardsticks.measure(yard.program, yardsticks.blind(yard.program, task), 60).mean < 0.35
@@ -95,11 +99,11 @@ def test_measure_agrees_with_a_program_and_needs_the_pictures(yard):
 # --------------------------------------------------------------------------------------------------------- benchmark
 def test_baselines_come_first_and_images_are_scaled_at_the_pixels_alone():
     listed = quality.ways(["pixels", "vision"], [], ["diverse", "pool", "resize", "random"], [0.5, 0.25])
-    assert [(w.place, w.method) for w in listed[::2]] == [
+    assert [(w.site, w.method) for w in listed[::2]] == [
         ("pixels", "resize"), ("vision", "random"), ("vision", "pool"), ("vision", "diverse")
     ]  # fmt: skip
-    assert [w.keep for w in listed[:2]] == [0.5, 0.25]
-    with pytest.raises(ValueError, match="--places: expected some of pixels, vision, found visoin"):
+    assert [w.keep_ratio for w in listed[:2]] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="--sites: expected some of pixels, vision, found visoin"):
         quality.ways(["pixels", "vision"], ["visoin"], [], [0.5])
     with pytest.raises(ValueError, match=r"--methods: expected some of .*resize, found best"):
         quality.ways(["pixels", "vision"], [], ["best"], [0.5])
@@ -119,13 +123,13 @@ def test_rows_are_measured_once_refused_with_a_reason_and_tried_again_if_they_fa
         calls.append(way)
         if way == POOL:
             raise RuntimeError("no such weight")
-        if way == RANDOM._replace(keep=0.9):
+        if way == RANDOM._replace(keep_ratio=0.9):
             return None, "vision: saves too little"
         return (program if way.method in ("full", "blind") else program_without_eyes(program)), "did it"
 
     monkeypatch.setattr(quality, "program_of", stub)
     path = tmp_path / "results.json"
-    listed = [RANDOM, POOL, RANDOM._replace(keep=0.9)]
+    listed = [RANDOM, POOL, RANDOM._replace(keep_ratio=0.9)]
     first = results(few, path)
     quality.measure_all(yard.program, first, listed, "keep", 2)
     rows = json.loads(path.read_text())["rows"]
@@ -165,12 +169,12 @@ def test_rows_are_measured_once_refused_with_a_reason_and_tried_again_if_they_fa
 def test_a_file_of_other_questions_is_refused(few, tmp_path):
     path = tmp_path / "results.json"
     results(few, path).save()
-    again = results(few, path, sizes={"places": {"vision.2": 9}})
-    assert again.found["sizes"]["places"] == {"pixels": 16, "vision": 16, "vision.2": 9}
+    again = results(few, path, sizes={"sites": {"vision.2": 9}})
+    assert again.found["sizes"]["sites"] == {"pixels": 16, "vision": 16, "vision.2": 9}
     with pytest.raises(ValueError, match="results of other samples: name another file"):
         results({k: yardsticks.first(t, 11) for k, t in few.items()}, path)
-    with pytest.raises(ValueError, match="results of other positions"):
-        results(few, path, positions="renumber")
+    with pytest.raises(ValueError, match="results of other position_ids"):
+        results(few, path, position_ids="renumber")
 
 
 def test_differences_are_those_of_the_same_place_and_share(few):
@@ -181,8 +185,8 @@ def test_differences_are_those_of_the_same_place_and_share(few):
         made.put(way, {"tasks": {"colour or shape": own}})
 
     put(Way("vision", "diverse", 0.5), "1" * 9 + "000")
-    put(RANDOM._replace(keep=0.25), "0" * 12)
-    put(RANDOM._replace(place="vision.1"), "0" * 12)
+    put(RANDOM._replace(keep_ratio=0.25), "0" * 12)
+    put(RANDOM._replace(site="vision.1"), "0" * 12)
     over = made.row(Way("vision", "diverse", 0.5))["tasks"]["colour or shape"]["over"]
     assert over == {}
     put(RANDOM, "1" * 6 + "000001")
@@ -239,15 +243,19 @@ def test_samples_are_read_together_as_alone(yard, few, tmp_path):
 def test_command(yard, few, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(quality.YARDSTICKS, "mplug-owl2-vqa", lambda: yard)
     out, png = tmp_path / "r.json", tmp_path / "r.png"
-    ways = ["--keeps", "0.25", "--methods", "random,resize", "--places", "pixels,vision"]
+    ways = ["--keep-ratios", "0.25", "--methods", "random,resize", "--sites", "pixels,vision"]
     options = ["--limit", "4", "--rounds", "1", *ways, "--out", str(out), "--plot", str(png), "--tasks", "yes or no"]
-    command = ["compression_quality.py", "mplug-owl2-vqa", *options]
+    command = [quality.__file__, "mplug-owl2-vqa", *options]
     monkeypatch.setattr(sys, "argv", command)
     quality.main()
     found = json.loads(out.read_text())
     assert found["threads"] == 1
-    assert found["command"].endswith(" ".join(command[1:]))
+    assert set(KEYS) <= set(found)
+    assert found["command"].startswith("python examples/benchmarks/compression_quality.py mplug-owl2-vqa --limit 4")
     assert [r["method"] for r in found["rows"]] == ["full", "blind", "resize", "random"]
+    shown = document.page([read(out)], "")
+    assert "**yes or no**, 4 samples: all tokens 1.000" in shown
+    assert "| `vision` | 16/64 |" in shown
     assert png.is_file()
     assert "minus random" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command[:-1], "yes"])

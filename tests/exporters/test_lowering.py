@@ -1,6 +1,7 @@
 """Single operators, with either lowering, in ONNX Runtime."""
 
 import os
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -64,7 +65,7 @@ def test_operators(name, target, tmp_path):
     module = toys.Function(run, norm=nn.LayerNorm(D), conv=nn.Conv2d(2, 4, (2, 3), (1, 2), (1, 0), groups=2))
     count = {"rows": 3, "norms": 3, "masked attention": 2, "softmax": 2}.get(name, 1)
     program = toys.single(module, inputs, [f"y{i}" for i in range(count)])
-    program.info |= {"batch": 3, "images": 1, "context": 8}
+    program.info = replace(program.info, batch=3, images=1, context=8)
     out = export(program, tmp_path / "engine", target=target, check=False, gate=False)
     onnx.checker.check_model(str(out / "toy.onnx"))
     run_in = session(out / "toy.onnx")

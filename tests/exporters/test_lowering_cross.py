@@ -1,6 +1,7 @@
 """Attention to images outside the text and attention with ALiBi, with either lowering, in ONNX Runtime."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ CAPACITY = 12
 
 
 def exported(program, out, target, **kw):
-    program.info |= {"batch": 3, "images": 1, "context": CAPACITY, "torch_dtype": torch.float32}
+    program.info = replace(program.info, batch=3, images=1, context=CAPACITY, dtype="float32")
     path = export(program, out, target=target, check=False, gate=False, **kw)
     onnx.checker.check_model(str(path / "toy.onnx"))
     return path
@@ -204,7 +205,7 @@ def test_half_precision(several, target, tmp_path, sizes_of_segments):
 KINDS = {
     "one block": {},
     "tiles": {"blocks": 2, "together": True},
-    "text before": {"blocks": 2, "together": True, "before": "everything", "sees": True},
+    "text before": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
 }
 
 
@@ -214,7 +215,7 @@ KINDS = {
 def test_programs(kind, optimized, target, tmp_path):
     program = toys.open_gates(toys.beside(toys.Beside(kv_heads=2), **KINDS[kind]))
     program = optimize(program, check=False).program if optimized else program
-    program.info |= {"layers": 2, "kv_heads": 1, "head_dim": 4, "family": "toy", "dtype": "float32", "bos_id": None}
+    program.info = replace(program.info, layers=2, kv_heads=1, head_dim=4, family="toy", dtype="float32", bos_id=None)
     out = export(program, tmp_path / "engine", target=target, gate=False)
     assert json.loads((out / "program.json").read_text())["checked"]["program"] == "equal"
 

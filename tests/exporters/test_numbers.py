@@ -48,12 +48,12 @@ class Both:
         self.g = torch.Generator().manual_seed(1)
 
     def caches(self, batch):
-        shape = (batch, self.info["kv_heads"], self.info["context"], self.info["head_dim"])
+        shape = (batch, self.info.kv_heads, self.info.context, self.info.head_dim)
         return {k: torch.zeros(shape) for k in self.stage.inputs if "cache" in k}
 
     def step(self, nv, nt, past, caches):
         """One call on top of `caches`, which are written in place; compares all outputs."""
-        batch, width = len(past), self.info["hidden_size"]
+        batch, width = len(past), self.info.hidden_size
         values = {n: torch.randn(batch, r, width, generator=self.g) for n, r in (("visual", nv), ("text", nt))}
         values |= {"past": torch.tensor(past), **caches}
         expected = self.stage.run(self.program.weights, values)

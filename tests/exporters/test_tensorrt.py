@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -87,7 +88,7 @@ def test_builder_refusal_is_named(small, tmp_path, monkeypatch):
 
 
 def test_profiles():
-    info = {"batch": 4, "images": 2, "context": 64, "rows_per_image": 9}
+    info = {"batch": 4, "images": 2, "context": 64, "tokens_per_image": 9}
     cache = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
     prompt, text, decode = profiles(cache, info)
     assert prompt["visual"] == [(1, 0, 8), (1, 9, 8), (1, 18, 8)]
@@ -98,7 +99,7 @@ def test_profiles():
     assert decode["text"] == [(1, 1, 8), (4, 1, 8), (4, 1, 8)]
     (images,) = profiles({"pixel_values": {"shape": ["N", 3, 5, 5]}}, info)
     assert images["pixel_values"] == [(1, 3, 5, 5), (1, 3, 5, 5), (8, 3, 5, 5)]
-    (none,) = profiles({"pixel_values": {"shape": ["N", 3, 5, 5]}}, info | {"images": 0})
+    (none,) = profiles({"pixel_values": {"shape": ["N", 3, 5, 5]}}, replace(info, images=0))
     assert none["pixel_values"][2] == (4, 3, 5, 5)
 
 

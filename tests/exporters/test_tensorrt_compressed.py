@@ -15,7 +15,7 @@ from mmopt.pipeline import default_passes
 from mmopt.search.optimize import optimize
 
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
-MADE = {  # family, place, method
+MADE = {  # family, site, method
     "before": ("janus", "encode_vision", "uniform"),
     "inside": ("janus", "language_model.1", "pool"),
     "tower": ("flamingo", "encode_vision.1", "merge"),
@@ -24,8 +24,8 @@ MADE = {  # family, place, method
 
 @cache
 def program(kind):
-    family, place, method = MADE[kind]
-    passes = [CompressVisualTokens(0.5, method, place), *default_passes()]
+    family, site, method = MADE[kind]
+    passes = [CompressVisualTokens(0.5, method, site), *default_passes()]
     made = optimize(traced(family), passes, check=False)
     assert made.reports[0].rewrites
     return made.program
@@ -56,6 +56,6 @@ def test_profiles_have_what_is_told_of_images():
     prompt, text, decode = profiles(shapes, made.info)[:3]
     assert prompt["visual"] == [(1, 0, 34), (1, 9, 34), (1, 27, 34)]
     assert text["visual"] == [(1, 0, 34)] * 3
-    for key in ("left_out_before", "left_out"):
+    for key in ("position_delta_before", "position_delta"):
         assert prompt[key] == [(1,)] * 3
         assert decode[key] == [(1,), (3,), (3,)]

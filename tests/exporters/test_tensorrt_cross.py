@@ -13,7 +13,7 @@ from mmopt.exporters.tensorrt import profiles
 from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
 from mmopt.search.optimize import optimize
-from mmopt.spec.cross_mask import key_mask, segments, visible
+from mmopt.spec.cross_mask import key_mask, segments, visible_tiles
 
 DATA = Path(__file__).parents[1] / "data" / "flamingo"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
@@ -66,7 +66,7 @@ def test_only_standard_operators(optimized, program, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ profiles
 def info(blocks=1, images=2, batch=3, context=32, rows=8, **kind):
     cross = {"blocks": blocks, "rows": rows, "width": 6, "before": "nothing", "together": False, "reset": False} | kind
-    return {"batch": batch, "images": images, "context": context, "rows_per_image": 1, "image_id": 9, "cross": cross}
+    return {"batch": batch, "images": images, "context": context, "tokens_per_image": 1, "image_id": 9, "cross": cross}
 
 
 TRACED = {
@@ -102,7 +102,7 @@ def fits(least, largest, shape):
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize(
-    "kind", [{}, {"together": True}, {"blocks": 3, "together": True, "before": "everything"}, {"before": "everything"}]
+    "kind", [{}, {"together": True}, {"blocks": 3, "together": True, "before": "all_images"}, {"before": "all_images"}]
 )
 def test_what_the_host_makes_fits_the_profiles(kind, rows):
     """Segments of random prompts, also of markers without images, and of steps of a batch."""
@@ -119,8 +119,11 @@ def test_what_the_host_makes_fits_the_profiles(kind, rows):
     for _ in range(200):
         n, density = int(rng.integers(1, 33)), rng.choice([0.02, 0.1, 0.4])
         ids = np.where(rng.random(n) < density, 9, 1).tolist()
-        check(prompt, [visible(ids, int(rng.integers(0, 3)), facts)])
-        batch = [visible(rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts)[-1:] for _ in range(3)]
+        check(prompt, [visible_tiles(ids, int(rng.integers(0, 3)), facts.required_cross, facts.image_id)])
+        batch = [
+            visible_tiles(rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts.required_cross, facts.image_id)[-1:]
+            for _ in range(3)
+        ]
         check(decode, batch[: int(rng.integers(1, 4))])
 
 

@@ -36,7 +36,7 @@ def traced(family):
 
 def written(family, out, after, dtype="float32", exact=True, check=False):
     """The directory of an engine whose rows are cut after so many layers of the language model (0: nowhere)."""
-    passes = [CompressVisualTokens(0.5, "uniform", f"language_model.{after}", least_saving=-1)] if after else []
+    passes = [CompressVisualTokens(0.5, "uniform", f"language_model.{after}", min_saving=-1)] if after else []
     made = optimize(traced(family), [*passes, *(default_passes() if exact else [])], check=False)
     assert not after or made.reports[0].rewrites
     return export(made.program, out, "tensorrt", dtype, check=check, gate=False)

@@ -1,6 +1,7 @@
 """The TensorRT gate on a family that paints: every stage is parsed and built, and what is fed fits the profiles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from mmopt.exporters.tensorrt import profiles
 from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
 from mmopt.runtime.engine import Engine
-from mmopt.runtime.image_generation import EnginePainter
+from mmopt.runtime.image_generation import EngineFlowSampler
 from mmopt.search.optimize import optimize
 
 DATA = Path(__file__).parents[1] / "data" / "janusflow"
@@ -56,8 +57,8 @@ def test_a_stage_that_does_not_convert_is_named(optimized, tmp_path, monkeypatch
     right = tensorrt.profiles
 
     def too_long(inputs, info):
-        flow = info["flow"] | {"rows": info["context"]}
-        return right(inputs, info | {"flow": flow, "context": info["context"] + 2})
+        flow = info.flow | {"rows": info.context}
+        return right(inputs, replace(info, flow=flow, context=info.context + 2))
 
     monkeypatch.setattr(tensorrt, "profiles", too_long)
     with pytest.raises(tensorrt.GateError, match="stage language_model"):
@@ -73,14 +74,14 @@ def test_what_is_fed_fits_the_profiles(passes, lengths, steps, tmp_path, monkeyp
     p = optimize(p, check=False).program if passes else p
     out = export(p, tmp_path / "engine", "tensorrt", check=False, gate=False)
     facts, seen = json.loads((out / "program.json").read_text()), []
-    run = EnginePainter.run_stage
+    run = EngineFlowSampler.run_stage
 
     def spy(self, call, inputs):
         seen.append((call.stage, {k: tuple(x.shape) for k, x in inputs.items()}))
         return run(self, call, inputs)
 
-    monkeypatch.setattr(EnginePainter, "run_stage", spy)
-    Engine(out).paint([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
+    monkeypatch.setattr(EngineFlowSampler, "run_stage", spy)
+    Engine(out).generate_images([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
     assert {"language_model", "flow_encode", "flow_decode", "decode_image", "embed"} <= {name for name, _ in seen}
     for name, shapes in seen:
         listed = profiles(facts["stages"][name]["inputs"], facts["info"])
@@ -93,12 +94,14 @@ def fits(least, largest, shape):
 
 def test_profiles():
     language = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
-    info = {"batch": 3, "images": 1, "context": 40, "rows_per_image": 4, "flow": {"rows": 16, "steps": 30}}
+    info = {"batch": 3, "images": 1, "context": 40, "tokens_per_image": 4, "flow": {"rows": 16, "steps": 30}}
     prompt, step, *reading = profiles(language, info)
     assert (prompt["visual"][2], prompt["text"][0], prompt["text"][2]) == ((6, 0, 8), (1, 1, 8), (6, 23, 8))
     assert (step["visual"][0], step["visual"][2], step["text"][0]) == ((1, 1, 8), (6, 24, 8), (1, 16, 8))
-    assert reading == profiles(language, info | {"flow": None}) == profiles(language, info | {"context": 40, "flow": 0})
-    assert profiles(language, info | {"context": 17})[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
+    assert (
+        reading == profiles(language, replace(info, flow=None)) == profiles(language, replace(info, context=40, flow=0))
+    )
+    assert profiles(language, replace(info, context=17))[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
     (table,) = profiles({"time": {"shape": ["B"]}}, info)
     assert table["time"][2] == (100,)
     (latents,) = profiles({"latents": {"shape": ["B", 4, 8, 8]}}, info)

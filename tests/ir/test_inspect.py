@@ -1,6 +1,7 @@
 """Counting: against published figures at the official size, closed forms, and torch's own counter on a real run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,13 +78,13 @@ def test_products_are_those_torch_counts(model, program):
             model.module.encode_images(pixels)
         products = sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k))
         assert sum(w.flops - w.attention_flops for w in work) == products
-    x, rows = torch.zeros(2, 9, program.info["hidden_size"]), torch.zeros(2, 9)
+    x, rows = torch.zeros(2, 9, program.info.hidden_size), torch.zeros(2, 9)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.module(x, rows)
     products = sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k))
     work = count_work(program.stages["language_model"], {"B": 2, "nv": 4, "nt": 5}, past=3)
     assert work.flops - work.attention_flops == products
-    width, layers = program.info["kv_heads"] * program.info["head_dim"], program.info["layers"]
+    width, layers = program.info.kv_heads * program.info.head_dim, program.info.layers
     assert work.cache_bytes == 2 * layers * 2 * (3 + 9) * width * 4
     assert work.attention_flops == layers * 4 * x.shape[2] * 2 * (9 * 3 + 9 * 10 // 2)
 
@@ -143,10 +144,10 @@ def test_fields_and_schedule(program, result):
     assert ("language_model", "prefill", 2) in phases  # the samples one by one
     assert phases[-1][:2] == ("language_model", "decode")
     assert set(report["calls"][0]) >= {"stage", "phase", "rows", "trips", "flops", "weight_bytes"}
-    rows = program.info["rows_per_image"]
+    rows = program.info.tokens_per_image
     assert call(report, "abstractor", "encode")["rows"] == 4 * rows
     assert call(report, "language_model", "decode")["rows"] == 2
-    assert report["stages"]["language_model"]["ops"]["mmopt.cached_attention"] == program.info["layers"]
+    assert report["stages"]["language_model"]["ops"]["mmopt.cached_attention"] == program.info.layers
     assert report["schedule"].startswith("schedule:")
     assert "stage" not in report["schedule"]
     one = inspect(program, batch=1, images=2)["totals"]
@@ -163,14 +164,14 @@ def test_without_images(program):
     assert not [c for c in report["calls"] if c["phase"] == "encode"]
     assert "encode_flops_per_image" not in report["totals"]
     assert "image_flops" not in report["totals"]
-    assert report["prompt"]["chunks"] == program.info["batch"]
+    assert report["prompt"]["chunks"] == program.info.batch
 
 
 def test_prompt_that_does_not_fit(program):
     with pytest.raises(ValueError, match=r"9 images take 81 rows, but the context holds 64"):
         inspect(program, images=9)
-    ids = typical_prompt(program.info | {"context": 20}, images=2)
-    assert ids == [0, program.info["image_id"], program.info["image_id"], 0]
+    ids = typical_prompt(replace(program.info, context=20), images=2)
+    assert ids == [0, program.info.image_id, program.info.image_id, 0]
 
 
 def test_text(result):

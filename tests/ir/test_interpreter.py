@@ -10,8 +10,8 @@ KINDS = {
     "one block": {},
     "first image again": {"reset": True},
     "tiles": {"blocks": 3},
-    "tiles together": {"blocks": 2, "together": True, "before": "everything", "sees": True},
-    "text before": {"before": "everything"},
+    "tiles together": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
+    "text before": {"before": "all_images"},
 }
 PROMPTS = {
     "single": [[3, MARKER, 4, 5]],
@@ -53,7 +53,7 @@ def equal(one, two):
 
 
 def tiles_of(program, n):
-    blocks = program.info["cross"]["blocks"]
+    blocks = program.info.cross.tiles
     return [1 + i % blocks for i in range(n)] if blocks > 1 else None
 
 
@@ -144,7 +144,7 @@ def test_a_layer_that_keeps_its_mask_cannot_do_that():
     """The last layer works on the last row alone, so it still reads all blocks with a mask."""
     fast = optimize(open_gates(beside(Beside(mixed=False)))).program
     assert "seen" in fast.stages["language_model"].inputs
-    assert fast.info["segments"]
+    assert fast.info.cross_kv
     with pytest.raises(ValueError, match="sees none of its images beside samples with another number: run them apart"):
         run(fast, [[MARKER, 4, MARKER, 5], [MARKER, 3, MARKER]], pixels(3), images=[1, 2])
     run(fast, [[MARKER, 4, MARKER, 5], [MARKER, 3, MARKER]], pixels(2), images=[1, 1])
@@ -153,7 +153,7 @@ def test_a_layer_that_keeps_its_mask_cannot_do_that():
 @pytest.mark.parametrize("before", [[1], [2], [3]])
 def test_markers_that_came_before(programs, before):
     plain, fast = programs
-    options = {"images": [2], "before": before, "tiles": tiles_of(plain, 2)}
+    options = {"images": [2], "num_previous_images": before, "tiles": tiles_of(plain, 2)}
     made = [run(p, [[4, 5, MARKER, 6]], pixels(2), **options) for p in (plain, fast)]
     equal(*made)
     if before == [1]:
@@ -199,12 +199,12 @@ def test_wrong_calls(programs):
         with pytest.raises(ValueError, match=r"images is \[1\], expected None or 2 numbers"):
             run(program, [[3], [4]], pixels(1), images=[1])
         with pytest.raises(ValueError, match="tiles are"):
-            run(program, [[MARKER]], pixels(1), tiles=[program.info["cross"]["blocks"] + 1])
+            run(program, [[MARKER]], pixels(1), tiles=[program.info.cross.tiles + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    plain = open_gates(beside(blocks=2, together=True, before="everything", sees=True, dtype=dtype))
+    plain = open_gates(beside(blocks=2, together=True, before="all_images", sees=True, dtype=dtype))
     fast = optimize(plain).program
     forced = torch.tensor([[5, 6, 7], [8, 9, 3]])
     made = [run(p, PROMPTS["side by side"], pixels(5), n=3, forced=forced)[1] for p in (plain, fast)]

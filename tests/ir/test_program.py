@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import DATA
 from safetensors.torch import load_file
+from toys import toy_info
 
 from mmopt.frontend.load import from_config
 from mmopt.frontend.trace import trace
-from mmopt.ir import program as program_module
+from mmopt.ir import stage as stage_module
 from mmopt.search.optimize import optimize
-from mmopt.spec.prompt import Chunk, count_rows, plan
+from mmopt.spec.prompt import Chunk, count_tokens, layout_prompts
 
 CASES = ("mm_single", "mm_two_images", "text_only")
 
@@ -58,7 +59,7 @@ def test_rows_are_counted_in_the_cache(program):
     c = case("mm_single")
     prompt = c["in.input_ids"].tolist()
     made = program(prompt, c["in.pixel_values"], max_new_tokens=3, ignore_eos=True)
-    assert int(made["past"]) == count_rows(prompt[0], program.info) + 2  # the last token is not fed back
+    assert int(made["past"]) == count_tokens(prompt[0], program.info) + 2  # the last token is not fed back
     key = made["key_cache.0"][:, :, :24]
     torch.testing.assert_close(key, c["out.kv_cache.0.key"], atol=2e-4, rtol=1e-4)
 
@@ -90,11 +91,11 @@ def test_forced_ids_are_fed_instead_of_the_likeliest(small_program):
 
 def test_the_cache_may_be_filled_to_its_last_row(small, small_program):
     info = small_program.info
-    prompt = [3, 4, info["image_id"], 5, 6, 7]
+    prompt = [3, 4, info.image_id, 5, 6, 7]
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    fits = info["context"] - count_rows(prompt, info) + 1
+    fits = info.context - count_tokens(prompt, info) + 1
     made = small_program([prompt], pixels, max_new_tokens=fits, ignore_eos=True)
-    assert int(made["past"]) == info["context"] == small.config.max_position_embeddings
+    assert int(made["past"]) == info.context == small.config.max_position_embeddings
     with pytest.raises(ValueError, match="trace with a larger context"):
         small_program([prompt], pixels, max_new_tokens=fits + 1)
     # the last token from a cache filled row by row is the one that a single prefill gives
@@ -108,16 +109,16 @@ def test_no_new_tokens(small_program):
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-INFO = {"image_id": -200, "rows_per_image": 9, "batch": 2, "images": 2, "context": 30, "vocab_size": 100}
+INFO = toy_info(image_id=-200, tokens_per_image=9, batch=2, images=2, context=30, vocab_size=100)
 
 
 def test_chunks_begin_with_their_images():
-    i = INFO["image_id"]
-    assert plan([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
-    assert plan([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
-    assert plan([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
-    assert plan([[i, 1, i, 2], [i, 3]], INFO, 1) == [Chunk(0, (0,), (1,)), Chunk(0, (1,), (2,)), Chunk(1, (2,), (3,))]
-    assert count_rows([1, i, 2, i, 3], INFO) == 3 + 2 * 9
+    i = INFO.image_id
+    assert layout_prompts([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
+    assert layout_prompts([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
+    assert layout_prompts([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
+    assert layout_prompts([[i, 1, i, 2], [i, 3]], INFO, 1) == [Chunk(0, (0,), (1,)), Chunk(0, (1,), (2,)), Chunk(1, (2,), (3,))]
+    assert count_tokens([1, i, 2, i, 3], INFO) == 3 + 2 * 9
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_chunks_begin_with_their_images():
 )
 def test_refused_prompts(prompts, new, why):
     with pytest.raises(ValueError, match=why):
-        plan(prompts, INFO, new)
+        layout_prompts(prompts, INFO, new)
 
 
 def test_images_must_be_as_many_as_markers(small_program):
@@ -162,7 +163,7 @@ def test_refused_limits(small, limits, why):
 
 
 def test_the_default_context_is_what_the_model_allows(small):
-    assert trace(small).info["context"] == 48
+    assert trace(small).info.context == 48
 
 
 def test_stages_refuse_wrong_inputs(small_program):
@@ -182,8 +183,8 @@ def test_constants_are_computed_once(result, monkeypatch):
     stage = result.program.stages["abstractor"]
     stage = stage.replaced(stage.graph)
     evaluated = []
-    evaluate = program_module.evaluate
-    monkeypatch.setattr(program_module, "evaluate", lambda n, *a, **kw: evaluated.append(n) or evaluate(n, *a, **kw))
+    evaluate = stage_module.evaluate
+    monkeypatch.setattr(stage_module, "evaluate", lambda n, *a, **kw: evaluated.append(n) or evaluate(n, *a, **kw))
     values = {"vision_rows": torch.zeros(1, 17, 48)}
     first = stage.run(result.program.weights, values)["image_rows"]
     assert any(n.meta["const"] for n in evaluated)

@@ -44,7 +44,7 @@ def reference(program, inputs: Inputs):
     """Prefill logits, decode logits and caches of the Program's own run."""
     seen = []
     program(
-        [inputs.prompt(program.info["image_id"])],
+        [inputs.prompt(program.info.image_id)],
         torch.from_numpy(inputs.pixels),
         max_new_tokens=2,
         forced=torch.tensor([[inputs.token, 0]]),
@@ -121,16 +121,16 @@ def test_decode_goes_on_token_by_token(grouped, inputs):
     """A prompt fed row by row on top of the caches ends like the prompt fed at once."""
     _, program, _ = grouped
     info, stage = program.info, program.stages["language_model"]
-    shape = (1, info["kv_heads"], info["context"], info["head_dim"])
+    shape = (1, info.kv_heads, info.context, info.head_dim)
     table = program.weights["model.embed_tokens.weight"]
     ids, made = inputs.ids[:5], []
     for steps in ([5], [1] * 5, [2, 3]):
-        caches, past = [torch.zeros(shape) for _ in range(2 * info["layers"])], 0
+        caches, past = [torch.zeros(shape) for _ in range(2 * info.layers)], 0
         for n in steps:
             module = torch_stage(stage, program.weights, {"B": 1, "nv": 0, "nt": n}, past=past)
             text = table[torch.tensor([ids[past : past + n]])]
             with torch.no_grad():
-                (logits,) = module(torch.zeros(1, 0, info["hidden_size"]), text, torch.tensor([past]), *caches)
+                (logits,) = module(torch.zeros(1, 0, info.hidden_size), text, torch.tensor([past]), *caches)
             past += n
         made.append(logits[0, -1])
     torch.testing.assert_close(made[1], made[0], atol=1e-4, rtol=1e-4)

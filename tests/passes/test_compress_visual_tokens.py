@@ -1,7 +1,8 @@
-"""compress_visual_tokens against the plain modules called by hand: every kind of place, in three families."""
+"""compress_visual_tokens against the plain modules called by hand: every kind of site, in three families."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -37,7 +38,7 @@ from compressed import (
     selected,
     traced,
 )  # fmt: skip
-from toys import declared, random_values
+from toys import declared, random_values, texts, toy_info
 
 import mmopt
 from mmopt.frontend.load import from_config
@@ -48,10 +49,10 @@ from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
 from mmopt.passes.compress_visual_tokens import CompressVisualTokens
 from mmopt.pruning import positions as row_positions
-from mmopt.pruning import propagate as narrowing
+from mmopt.pruning import propagate
 from mmopt.pruning.apply import compress as narrow
-from mmopt.pruning.apply import find_places
-from mmopt.pruning.propagate import RefusedError, Rows
+from mmopt.pruning.apply import find_sites
+from mmopt.pruning.propagate import ImageRows, NotApplicable
 from mmopt.rewrite.contracts import ContractError, random_inputs
 from mmopt.spec import prompt as planning
 from mmopt.spec.schedule import Call
@@ -86,8 +87,8 @@ def runs_as(family, program, cuts=None, small=None, layout="batch", **kw):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- places
-def test_places():
+# --------------------------------------------------------------------------------------------------------------- sites
+def test_sites():
     """Names, rows and grids, as the modules have them."""
     towers = {"owl": "vision", "janus": "encode_vision", "flamingo": "encode_vision"}
     after = {
@@ -98,7 +99,7 @@ def test_places():
     for family in FAMILIES:
         t = towers[family]
         wanted = [(k, PATCHES, GRID) for k in ("pixels", f"{t}.1", f"{t}.2", f"{t}.all", t)] + after[family]
-        found = find_places(traced(family))
+        found = find_sites(traced(family))
         assert [(p.name, p.rows, p.grid) for p in found] == wanted
         assert [p.stage for p in found] == [t if p.name == "pixels" else p.name.split(".")[0] for p in found]
         assert [len(p.nodes) for p in found] == [2 if p.name.endswith(".all") else 1 for p in found]
@@ -107,10 +108,10 @@ def test_places():
 
 
 def test_fewer_and_fewer():
-    (place,) = (p for p in find_places(traced("owl")) if p.name == "vision.all")
-    assert place.counts(4) == [10, 4]
-    assert place.counts(1) == [8, 1]
-    assert place.counts(16) == [16, 16]
+    (site,) = (p for p in find_sites(traced("owl")) if p.name == "vision.all")
+    assert site.counts(4) == [10, 4]
+    assert site.counts(1) == [8, 1]
+    assert site.counts(16) == [16, 16]
 
 
 # ------------------------------------------------------------------------------------------------ what nothing is done
@@ -118,7 +119,7 @@ def test_all_rows_stay():
     program = traced("owl")
     made, report = CompressVisualTokens(1.0)(program)
     assert not report.rewrites
-    assert report.skipped == ["program: keep is 1: every row stays"]
+    assert report.skipped == ["program: keep_ratio is 1: every row stays"]
     assert str(made) == str(program)
     assert all(made.stages[k].graph is s.graph for k, s in program.stages.items())
     assert made.info == program.info
@@ -127,12 +128,12 @@ def test_all_rows_stay():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"keep": 0}, "keep is 0, expected a share of the rows, more than 0 and at most 1"),
-        ({"keep": 1.5}, "keep is 1.5"),
-        ({"keep": True}, "keep is True"),
-        ({"keep": "half"}, "keep is 'half'"),
+        ({"keep_ratio": 0}, "keep_ratio is 0, expected a share of the rows, more than 0 and at most 1"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5"),
+        ({"keep_ratio": True}, "keep_ratio is True"),
+        ({"keep_ratio": "half"}, "keep_ratio is 'half'"),
         ({"method": "best"}, "method is 'best', expected resize or one of first, uniform"),
-        ({"positions": "new"}, "positions is 'new', expected keep or renumber"),
+        ({"position_ids": "new"}, "position_ids is 'new', expected keep or renumber"),
     ],
 )
 def test_options(options, says):
@@ -140,9 +141,9 @@ def test_options(options, says):
         CompressVisualTokens(**options)
 
 
-def test_unknown_place():
-    with pytest.raises(ValueError, match=r"place is 'tower', expected one of pixels, vision.1, .*, language_model.1"):
-        CompressVisualTokens(place="tower")(traced("owl"))
+def test_unknown_site():
+    with pytest.raises(ValueError, match=r"site is 'tower', expected one of pixels, vision.1, .*, language_model.1"):
+        CompressVisualTokens(site="tower")(traced("owl"))
 
 
 def test_a_grid_that_is_none():
@@ -151,10 +152,10 @@ def test_a_grid_that_is_none():
 
 
 @pytest.mark.parametrize(
-    ("family", "place", "method", "says"),
+    ("family", "site", "method", "says"),
     [
-        ("owl", "vision", "resize", "method resize is not for this place"),
-        ("owl", "pixels", "pool", "method pool is not for this place"),
+        ("owl", "vision", "resize", "method resize is not for this site"),
+        ("owl", "pixels", "pool", "method pool is not for this site"),
         ("owl", "abstractor", "dominant", "method dominant needs keys of an attention among these rows"),
         (
             "flamingo",
@@ -164,16 +165,16 @@ def test_a_grid_that_is_none():
         ),
     ],
 )
-def test_left_alone(family, place, method, says):
+def test_left_alone(family, site, method, says):
     program = traced(family)
-    made, report = CompressVisualTokens(0.5, method, place)(program)
+    made, report = CompressVisualTokens(0.5, method, site)(program)
     assert not report.rewrites
     assert str(made) == str(program)
-    assert re.match(rf"{place}: {says}", report.skipped[0])
+    assert re.match(rf"{site}: {says}", report.skipped[0])
 
 
-def test_least_saving_says_how_much():
-    """The figure is that of two prompts with as much text; asked for less, the same place is taken."""
+def test_min_saving_says_how_much():
+    """The figure is that of two prompts with as much text; asked for less, the same site is taken."""
     program = traced("janus")
     made, report = CompressVisualTokens(0.25, "pool", "encode_vision")(program)
     found = [(program, 72), (made, 72 - 12)]  # as many rows of text as fit: 55 beside 17 rows, and beside 5
@@ -182,9 +183,9 @@ def test_least_saving_says_how_much():
     flops = [f["totals"]["encode_flops_per_image"] + f["totals"]["prefill_flops"] for f in found]
     saved = 1 - flops[1] / flops[0]
     assert f"; {saved:.0%} fewer FLOPs" in report.rewrites[0]
-    refused = CompressVisualTokens(0.25, "pool", "encode_vision", least_saving=saved + 0.001)(program)[1]
+    refused = CompressVisualTokens(0.25, "pool", "encode_vision", min_saving=saved + 0.001)(program)[1]
     assert f"would save {saved:.2%} of" in refused.skipped[0]
-    assert CompressVisualTokens(0.25, "pool", "encode_vision", least_saving=saved - 0.001)(program)[1].rewrites
+    assert CompressVisualTokens(0.25, "pool", "encode_vision", min_saving=saved - 0.001)(program)[1].rewrites
 
 
 def test_by_default():
@@ -210,8 +211,8 @@ def of_queries(method):
 @pytest.mark.parametrize(("method", "positions"), [("uniform", "keep"), ("pool", "keep"), ("uniform", "renumber")])
 @pytest.mark.parametrize("family", BEFORE)
 def test_before_the_language_model(family, method, positions):
-    program = compressed(family, BEFORE[family], 0.5 if family == "owl" else 0.25, method, positions=positions)
-    assert program.info["rows_per_image"] == 5
+    program = compressed(family, BEFORE[family], 0.5 if family == "owl" else 0.25, method, position_ids=positions)
+    assert program.info.tokens_per_image == 5
     for layout in LAYOUTS:
         prompts = ids_of(family, layout)
         images = shown(family, prompts)
@@ -229,11 +230,11 @@ def test_before_the_language_model(family, method, positions):
 
 
 def test_all_stages_have_the_shapes_they_say():
-    for family, place in (("owl", "abstractor"), ("janus", "language_model.1"), ("flamingo", "encode_vision")):
-        program = compressed(family, place, 0.5, "pool")
+    for family, site in (("owl", "abstractor"), ("janus", "language_model.1"), ("flamingo", "encode_vision")):
+        program = compressed(family, site, 0.5, "pool")
         for stage in program.stages.values():
             symbols = {str(s) for n in stage.placeholders() for s in n.meta["shape"] if isinstance(s, sympy.Symbol)}
-            sizes = dict.fromkeys(symbols, 2) | ({"nv": 2 * program.info["rows_per_image"]} if "nv" in symbols else {})
+            sizes = dict.fromkeys(symbols, 2) | ({"nv": 2 * program.info.tokens_per_image} if "nv" in symbols else {})
             values = random_values(stage, sizes)
             values |= {k: torch.full_like(v, 8) for k, v in values.items() if k == "past"}
             declared(stage, program.weights, values)
@@ -242,10 +243,10 @@ def test_all_stages_have_the_shapes_they_say():
 def test_painting_is_as_it_was():
     """It goes on with the language model as it was; only what reads images has new inputs."""
     program, made = traced("janus"), compressed("janus", "encode_vision", 0.25, "uniform")
-    flow, prompts = program.info["flow"], [[3, 4, 5, 6], [7, 8]]
-    noise = torch.randn(2, *flow["latents"], generator=torch.Generator().manual_seed(0))
+    flow, prompts = program.info.flow, [[3, 4, 5, 6], [7, 8]]
+    noise = torch.randn(2, *flow.latents, generator=torch.Generator().manual_seed(0))
     plan = mmopt.spec.solvers.make_plan("euler", 2, guidance=3.0)
-    latents = [p.paint(prompts, noise, plan)["latents"] for p in (program, made)]
+    latents = [p.generate_images(prompts, noise, plan)["latents"] for p in (program, made)]
     assert torch.equal(*latents)
 
 
@@ -255,8 +256,8 @@ def test_painting_is_as_it_was():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tower(family, at, method):
     """Later attentions and the abstractor or resampler read fewer keys, at their places, with their sizes."""
-    place = TOWERS[family] if at == "end" else f"{TOWERS[family]}.{at}"
-    runs_as(family, compressed(family, place, KEEP[method], method), {at: CHOICES[method]})
+    site = TOWERS[family] if at == "end" else f"{TOWERS[family]}.{at}"
+    runs_as(family, compressed(family, site, KEEP[method], method), {at: CHOICES[method]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -291,16 +292,16 @@ def test_videos(frames):
     """Rows of each frame are merged by themselves."""
     prompts = ids_of("flamingo", "apart")
     images = shown("flamingo", prompts, frames)
-    for place, cuts in (("encode_vision.1", {1: CHOICES["merge"]}), ("encode_vision", {"end": CHOICES["pool"]})):
+    for site, cuts in (("encode_vision.1", {1: CHOICES["merge"]}), ("encode_vision", {"end": CHOICES["pool"]})):
         method = "merge" if 1 in cuts else "pool"
         wanted = reference("flamingo", prompts, FORCED, flamingo_images(images, cuts))
-        close(run(compressed("flamingo", place, KEEP[method], method), prompts, images), wanted)
+        close(run(compressed("flamingo", site, KEEP[method], method), prompts, images), wanted)
 
 
 def test_fewer_latents():
     """Images outside the text: the language model reads fewer rows of each."""
     program = compressed("flamingo", "resample", 0.5, "uniform")
-    assert program.info["cross"]["rows"] == 4
+    assert program.info.cross.tokens == 4
     prompts = ids_of("flamingo", "batch")
     images = shown("flamingo", prompts)
     close(
@@ -315,7 +316,7 @@ def test_inside_the_language_model(family, method):
     """Later layers hold fewer rows of each image, at the positions that they had."""
     choice = {"merge": selected("merge", 4), "uniform": of_queries("uniform"), "pool": CHOICES["pool"]}[method]
     program = compressed(family, "language_model.1", 0.25 if family == "janus" else 0.5, method)
-    assert program.info["rows_per_image"] == (17 if family == "janus" else 9)
+    assert program.info.tokens_per_image == (17 if family == "janus" else 9)
     for layout in LAYOUTS:
         prompts = ids_of(family, layout)
         images = shown(family, prompts)
@@ -336,7 +337,7 @@ def refused_or_runs(program, *args, **kw):
 
 
 @pytest.mark.parametrize(
-    ("family", "first", "method", "place", "why"),
+    ("family", "first", "method", "site", "why"),
     [
         ("owl", "vision.1", "pool", "vision", "matmul"),
         ("owl", "abstractor", "uniform", "abstractor", "embedding"),
@@ -346,15 +347,15 @@ def refused_or_runs(program, *args, **kw):
         ("flamingo", "encode_vision", "pool", "pixels", "matmul"),
     ],
 )
-def test_a_second_time_is_refused(family, first, method, place, why):
+def test_a_second_time_is_refused(family, first, method, site, why):
     keep = 0.5 if first in ("abstractor",) else 0.25
     program = compressed(family, first, keep, method)
-    said = refused_or_runs(program, 0.5, "resize" if place == "pixels" else "pool", place)
-    assert said.startswith(f"{place}: ")
+    said = refused_or_runs(program, 0.5, "resize" if site == "pixels" else "pool", site)
+    assert said.startswith(f"{site}: ")
     assert why in said
 
 
-def test_at_another_place_before():
+def test_at_another_site_before():
     """Rows left out behind the abstractor, then before it."""
     program = refused_or_runs(compressed("owl", "abstractor", 0.5, "uniform"), 0.25, "pool", "vision")
     prompts = ids_of("owl", "batch")
@@ -386,32 +387,32 @@ def image_program(family):
     model, weights = from_config(raw, "float32", random=True), {}
     specs = {k: s for k, s in model.family.stages(model.module, 16).items() if k in ("encode_vision", "resample")}
     stages = {k: trace_stage(s, weights) for k, s in specs.items()}
-    cross = {"rows": model.family.cross(model.config).rows}
-    return Program(stages, tuple(map(Call, stages)), weights, {}, {"cross": cross}), model.module
+    cross = model.family.cross(model.config)
+    return Program(stages, texts(*map(Call, stages)), weights, {}, toy_info(cross=cross)), model.module
 
 
 def test_a_family_of_the_library():
     program, module = image_program("idefics")
-    places = {p.name: p for p in find_places(program)}
+    sites = {p.name: p for p in find_sites(program)}
     images = torch.randn(2, 3, 42, 42)
-    made = narrow(program, places["encode_vision"], 4, "uniform")
+    made = narrow(program, sites["encode_vision"], 4, "uniform")
     rows = module.model.vision_model(images)[:, [0, 1, 3, 7, 9]]  # the class row, and the corners of 3 x 3
     found = made.stages["encode_vision"].run(made.weights, {"pixel_values": images})
     close(found["vision_rows"], rows)
     found = made.stages["resample"].run(made.weights, {k: found[k] for k in made.stages["resample"].inputs})
     close(found["image_rows"], module.resample(rows))
     for name, method in (("encode_vision.1", "pool"), ("pixels", "resize")):
-        found = narrow(program, places[name], 4, method).stages["encode_vision"].output_nodes()["vision_rows"]
+        found = narrow(program, sites[name], 4, method).stages["encode_vision"].output_nodes()["vision_rows"]
         assert found.meta["shape"][1] == 5
 
 
 def test_a_family_with_masks_of_fixed_length_says_so():
     program, _ = image_program("mllama")
-    places = find_places(program)
-    assert [p.name for p in places] == ["pixels", "encode_vision"]
-    for place, method in zip(places, ("resize", "uniform"), strict=True):
-        with pytest.raises(RefusedError, match="what stands beside the rows"):
-            narrow(program, place, 1, method)
+    sites = find_sites(program)
+    assert [p.name for p in sites] == ["pixels", "encode_vision"]
+    for site, method in zip(sites, ("resize", "uniform"), strict=True):
+        with pytest.raises(NotApplicable, match="what stands beside the rows"):
+            narrow(program, site, 1, method)
 
 
 # ---------------------------------------------------------------------------------------------------------- near misses
@@ -430,7 +431,7 @@ def test_columns_that_are_not_told_are_noticed(monkeypatch):
         width = made.meta["shape"][2]
         kept = b.slice(made, 2, 0, width - 2)
         zeros = b.emit(
-            narrowing.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"]
+            propagate.MUL, (b.slice(made, 2, width - 2, width), 0.0), (*made.meta["shape"][:2], 2), made.meta["dtype"]
         )
         return b.cat([kept, zeros], 2)
 
@@ -439,29 +440,29 @@ def test_columns_that_are_not_told_are_noticed(monkeypatch):
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 
 
-@pytest.mark.parametrize("key", ["left_out_before", "left_out"])
+@pytest.mark.parametrize("key", ["position_delta_before", "position_delta"])
 def test_a_host_that_forgets_images_is_noticed(monkeypatch, key):
     prompts, images, wanted = janus_apart()
-    real = planning.told_of_images
+    real = planning.position_deltas
 
     def forgets(before, after, info):
         made = real(before, after, info)
         return made | {key: made[key] * 0}
 
-    monkeypatch.setattr(mmopt.ir.program, "told_of_images", forgets)
+    monkeypatch.setattr(mmopt.ir.program, "position_deltas", forgets)
     program = compressed("janus", "encode_vision", 0.25, "uniform")
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_are_dropped_are_noticed(monkeypatch, family):
-    real = narrowing.Narrower.weight_of_sizes
+    real = propagate.PrunePropagator.weight_of_sizes
 
     def one_each(self, keys, rows):
         logs = real(self, keys, rows)
-        return self.b.emit(narrowing.MUL, (logs, 0.0), logs.meta["shape"], logs.meta["dtype"])
+        return self.b.emit(propagate.MUL, (logs, 0.0), logs.meta["shape"], logs.meta["dtype"])
 
-    monkeypatch.setattr(narrowing.Narrower, "weight_of_sizes", one_each)
+    monkeypatch.setattr(propagate.PrunePropagator, "weight_of_sizes", one_each)
     program, _ = compress(traced(family), 6 / 16, "pool", TOWERS[family] + ".1")  # windows of 4 and of 2 rows
     prompts = ids_of(family, "batch")
     images = shown(family, prompts)
@@ -487,7 +488,7 @@ def test_columns_hold_positions_exactly(dtype):
     b, count, kept = Builder(), 16000, 5
     x = b.placeholder("x", (sympy.Symbol("N"), kept + 2, 3), dtype)
     places = b.placeholder("places", (sympy.Symbol("N"), kept), torch.int64)
-    b.output([row_positions._with_columns(b, x, Rows(1, 1, count, new=kept, places=places))])
+    b.output([row_positions._with_columns(b, x, ImageRows(1, 1, count, new=kept, places=places))])
     stage = Stage(b.graph, ["x", "places"], ["y"])
     at = torch.tensor([[0, 128, 300, 777, 15999], [3, 4, 129, 255, 8191]])
     rows = torch.randn(2, kept + 2, 3).to(dtype)
@@ -528,16 +529,16 @@ def test_prompts_that_are_made_up_stay_within_the_table():
     with pytest.raises(ValueError, match="3 images take"):
         typical_prompt(info, 3)
     few = program.copy()
-    few.info |= {"positions": 30}
+    few.info = replace(few.info, positions=30)
     prompts = random_inputs(few, 1, 0)["prompts"]
-    assert [p.count(program.info["image_id"]) for p in prompts] == [1, 0, 1]
+    assert [p.count(program.info.image_id) for p in prompts] == [1, 0, 1]
     planning.plan(prompts, few.info, 3)
 
 
 def test_positions_beyond_the_table():
     program = compressed("janus", "encode_vision", 0.25, "uniform")
-    assert program.info["positions"] == 90
-    assert program.info["rows_left_out"] == 12
+    assert program.info.positions == 90
+    assert program.info.position_delta == 12
     info = {**program.info, "positions": 30}
     (prompt,) = ids_of("janus", [(3, I, 4)])  # 7 ids and 17 positions
     planning.plan([prompt], info, 7)
@@ -546,5 +547,5 @@ def test_positions_beyond_the_table():
 
 
 def test_errors_name_the_pass():
-    with pytest.raises(ContractError, match="pass compress_visual_tokens failed: ValueError: place is 'x'"):
-        mmopt.optimize(traced("owl"), [CompressVisualTokens(place="x")])
+    with pytest.raises(ContractError, match="pass compress_visual_tokens failed: ValueError: site is 'x'"):
+        mmopt.optimize(traced("owl"), [CompressVisualTokens(site="x")])

@@ -256,9 +256,9 @@ def test_gates_of_zero_are_verified(monkeypatch):
 FAMILIES = {
     "blocks of one": {},
     "several blocks": {"blocks": 2, "together": True},
-    "several blocks, before": {"blocks": 3, "together": True, "before": "everything", "sees": True},
+    "several blocks, before": {"blocks": 3, "together": True, "before": "all_images", "sees": True},
     "together": {"together": True},
-    "before": {"before": "everything"},
+    "before": {"before": "all_images"},
     "tiles apart": {"blocks": 2, "reset": True},
 }
 
@@ -279,7 +279,7 @@ def test_masks_become_segments(name):
     assert ops_of(after, "language_model").count("mmopt.segment_attention") == 2
     assert not {"seen", "attends", "media"} & set(made.inputs)
     assert ("key_mask" in made.inputs) == (name not in ("blocks of one",))
-    assert after.info["segments"] == {f"language_model.once.{i}": ("key", "value")[i % 2] for i in range(4)}
+    assert after.info.cross_kv == {f"language_model.once.{i}": ("key", "value")[i % 2] for i in range(4)}
     assert "segments" not in before.info
     for seed in range(3):
         assert compare(before, after, seed) is None
@@ -326,7 +326,7 @@ def test_a_part_of_the_rows_is_left():
     made = ops_of(after, "language_model")
     assert (made.count("mmopt.segment_attention"), made.count("mmopt.cross_attention")) == (1, 1)
     assert {"seen", "attends"} <= set(after.stages["language_model"].inputs)
-    assert after.info["segments"] == {"language_model.once.0": "key", "language_model.once.1": "value"}
+    assert after.info.cross_kv == {"language_model.once.0": "key", "language_model.once.1": "value"}
     assert compare(before, after) is None
     assert compare(beside(Beside(mixed=False)), after) is None
 
@@ -347,7 +347,7 @@ def test_keys_that_are_values_elsewhere_stay_right():
     assert compare(plain, fused(plain)[1]) is None
 
 
-class Seen(Beside):
+class VisibleTiles(Beside):
     """A row that sees nothing is told so by `seen` itself, which stays an input."""
 
     def forward(self, text, media, seen, attends):
@@ -357,7 +357,7 @@ class Seen(Beside):
 
 
 def test_inputs_that_something_else_reads_stay():
-    plain = beside(Seen())
+    plain = beside(VisibleTiles())
     after = fused(plain)[1]
     assert "seen" in after.stages["language_model"].inputs
     assert "attends" not in after.stages["language_model"].inputs

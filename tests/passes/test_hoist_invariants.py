@@ -82,15 +82,19 @@ def cheap():
 def called_outside_too():
     """The same stage makes the state that the loop starts from."""
     program = flow()
-    program.schedule = (*program.schedule[:-1], Call("step"), program.schedule[-1])
+    program.schedules = program.schedules.replaced(
+        text=(*program.schedules.text[:-1], Call("step"), program.schedules.text[-1])
+    )
     return program
 
 
 def called_twice_in_the_loop():
     """Once for each of two prefixes: what is computed for one must not serve the other."""
     program = flow()
-    loop = program.schedule[-1]
-    program.schedule = (*program.schedule[:-1], replace(loop, body=(*loop.body, Call("step", {"prefix": "other"}))))
+    loop = program.schedules.text[-1]
+    program.schedules = program.schedules.replaced(
+        text=(*program.schedules.text[:-1], replace(loop, body=(*loop.body, Call("step", {"prefix": "other"}))))
+    )
     return program
 
 
@@ -110,9 +114,11 @@ def test_left_in_the_loop(program, why):
 
 def test_a_value_that_the_loop_writes_under_another_name_stays():
     program = flow()
-    loop = program.schedule[-1]
+    loop = program.schedules.text[-1]
     step, write = Call("step", {"prefix": "newest"}), Call("language_model", {"prefix": "newest"})
-    program.schedule = (*program.schedule[:-1], replace(loop, body=(loop.body[0], step, write)))
+    program.schedules = program.schedules.replaced(
+        text=(*program.schedules.text[:-1], replace(loop, body=(loop.body[0], step, write)))
+    )
     unchanged(program, HoistInvariants(), "step: every product in it depends on what the loop changes")
 
 
@@ -125,7 +131,7 @@ def depends_on_the_loop(monkeypatch):
     """A broken pass: it takes the state for a value that the loop does not change."""
     split = hoist_invariants.split_stage
     monkeypatch.setattr(
-        hoist_invariants, "split_stage", lambda stage, fixed, name: split(stage, fixed | {"logits"}, name)
+        hoist_invariants, "split_stage", lambda stage, fixed, *names: split(stage, fixed | {"logits"}, *names)
     )
     return HoistInvariants()
 
@@ -209,7 +215,7 @@ def test_keys_and_values_of_images_leave_both_loops(snapshot):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [{}, {"blocks": 2, "together": True, "before": "everything", "sees": True}])
+@pytest.mark.parametrize("kind", [{}, {"blocks": 2, "together": True, "before": "all_images", "sees": True}])
 def test_shared_same_numbers(kind, dtype):
     before = beside(dtype=dtype, **kind)
     assert compare(before, HoistInvariants()(before)[0]) is None
@@ -237,7 +243,7 @@ def test_shared_without_any_image():
 def changed(kind):
     """A program of images outside the text, but something that its language model reads is not what it was."""
     program = beside()
-    chunks, steps = program.schedule[1:]
+    chunks, steps = program.schedules.text[1:]
     model = chunks.body[1]
     if kind == "read under two names":
         chunks, model = replace(chunks, body=(chunks.body[0], replace(model, rename={"media": "others"}))), None
@@ -250,7 +256,7 @@ def changed(kind):
             replace(lp, body=tuple(replace(c, rename=c.rename | {"media": "chunk.media"}) for c in lp.body))
             for lp in (chunks, steps)
         )
-    program.schedule = (program.schedule[0], chunks, steps)
+    program.schedules = program.schedules.replaced(text=(program.schedules.text[0], chunks, steps))
     return program
 
 

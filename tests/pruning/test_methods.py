@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import onnx
 import onnxruntime as ort
@@ -374,7 +375,7 @@ def program(method, n, keep, grid, dtype=torch.float32, sized=False):
     shapes |= {"sizes": (("N", n), torch.float32)} if sized else {}
     names = ["rows", "places", *(["counts"] if sized or METHODS[method].merges else [])]
     made = toys.single(toys.Function(run), shapes, names, dtype)
-    made.info |= {"batch": 3, "images": 1, "context": 8, "rows_per_image": 1}
+    made.info = replace(made.info, batch=3, images=1, context=8, tokens_per_image=1)
     return made, run
 
 
@@ -445,7 +446,7 @@ def test_lowered_operators(tmp_path):
         )  # fmt: skip
 
     made = toys.single(toys.Function(run), {"x": ("B", 4, 6)}, [f"y{i}" for i in range(11)])
-    made.info |= {"batch": 3, "images": 1, "context": 8}
+    made.info = replace(made.info, batch=3, images=1, context=8)
     path = export(made, tmp_path / "engine", check=False, gate=False)
     onnx.checker.check_model(str(path / "toy.onnx"))
     values = {"x": torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))}

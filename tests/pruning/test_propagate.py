@@ -11,7 +11,7 @@ from toys import Function, declared, draw, trace
 from mmopt.ir import ops
 from mmopt.ir.graph import CONV2D, RESHAPE
 from mmopt.ir.stage import Stage
-from mmopt.pruning.propagate import Narrower, RefusedError
+from mmopt.pruning.propagate import NotApplicable, PrunePropagator
 from mmopt.pruning.prune import choose
 
 D, N, KEPT = 8, 6, 4  # width; rows of an image, a grid of 2 x 3, and how many of them stay
@@ -113,7 +113,7 @@ def narrowed(rest, keep=KEPT, method="random"):
     weights = dict(weights)
     before = next(n for n in stage.graph.nodes if n.target is RESHAPE and n.args[0].target is CONV2D)
     (at,) = before.users  # the rows' own dimension
-    run = Narrower(stage.graph, cuts={at: choose(keep, method, weights)})
+    run = PrunePropagator(stage.graph, cuts={at: choose(keep, method, weights)})
     run.b.output(run.run())
     made = Stage(run.b.graph, stage.inputs, stage.outputs)
     declared(made, weights, {"pixels": picture()})
@@ -149,7 +149,7 @@ def test_followed(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     rest, why = REFUSED[name]
-    with pytest.raises(RefusedError, match=why):
+    with pytest.raises(NotApplicable, match=why):
         narrowed(rest)
 
 
@@ -158,7 +158,7 @@ def test_without_a_cut_nothing_changes(name):
     """Rows are followed as far as they go; what they cannot be followed through is no error."""
     rest = FOLLOWED[name] if name in FOLLOWED else REFUSED[name][0]
     stage, weights = as_traced(rest)
-    run = Narrower(stage.graph)
+    run = PrunePropagator(stage.graph)
     run.b.output(run.run())
     found = Stage(run.b.graph, stage.inputs, stage.outputs).run(weights, {"pixels": picture()})
     assert torch.equal(found["y"], stage.run(weights, {"pixels": picture()})["y"])
@@ -206,7 +206,7 @@ def framed(rest):
     stage = trace(module, {"pixels": ("N", "F", 3, 4, 6)}, ["y"], weights)
     before = next(n for n in stage.graph.nodes if n.target is RESHAPE and n.args[0].target is CONV2D)
     (at,) = before.users
-    run_ = Narrower(stage.graph, cuts={at: choose(2, "pool", weights)})
+    run_ = PrunePropagator(stage.graph, cuts={at: choose(2, "pool", weights)})
     run_.b.output(run_.run())
     return Stage(run_.b.graph, stage.inputs, stage.outputs), weights, module
 
@@ -231,12 +231,12 @@ def test_rows_of_frames_lie_after_each_other():
 
 def test_tables_of_rows_of_all_frames_are_refused():
     """Places that were kept differ from frame to frame, and after the frames lie behind each other they are lost."""
-    with pytest.raises(RefusedError, match=r"does not work row by row|cannot be told apart by their places"):
+    with pytest.raises(NotApplicable, match=r"does not work row by row|cannot be told apart by their places"):
         framed(lambda m, rows: rows.flatten(1, 2) * torch.arange(rows.shape[1] * N)[:, None].cos())
 
 
 def test_no_keys_before():
-    with pytest.raises(RefusedError, match="method dominant needs keys of an attention among these rows"):
+    with pytest.raises(NotApplicable, match="method dominant needs keys of an attention among these rows"):
         narrowed(FOLLOWED["a table"], method="dominant")
 
 

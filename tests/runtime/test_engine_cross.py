@@ -90,7 +90,7 @@ def prompt(info, *parts):
     """Ids of parts: M for an image, a number for so many ids of text."""
     made = []
     for i, part in enumerate(parts):
-        made += [info["image_id"]] if part == M else ids(part, i + len(parts))
+        made += [info.image_id] if part == M else ids(part, i + len(parts))
     return made
 
 
@@ -136,7 +136,7 @@ def both_runs(engine, program, prompts, n, steps=5, **kw):
     forced = kw.pop("forced", None)
     more = {} if forced is None else {"forced": torch.from_numpy(forced)}
     tokens, logits = program_run(program, prompts, pixels, inputs, tiles, max_new_tokens=steps, **kw, **more)
-    made = engine.run_ids(
+    made = engine.debug.generate_ids(
         prompts, pixels, image_inputs=inputs, tiles=tiles, max_new_tokens=steps, ignore_eos=True, logits=True,
         forced=forced, **kw,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def both_runs(engine, program, prompts, n, steps=5, **kw):
 def test_runs_as_the_program(any_engine, programs, family, name):
     program = programs[family]
     prompts = [prompt(program.info, *p) for p in PROMPTS[name]]
-    both_runs(any_engine, program, prompts, sum(p.count(program.info["image_id"]) for p in prompts))
+    both_runs(any_engine, program, prompts, sum(p.count(program.info.image_id) for p in prompts))
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def test_other_counts_than_markers(any_engine, programs, family, parts, images):
 
 def test_markers_that_came_before(any_engine, programs, family):
     program = programs[family]
-    both_runs(any_engine, program, [prompt(program.info, 4, M, 2)], 2, images=[2], before=[1])
+    both_runs(any_engine, program, [prompt(program.info, 4, M, 2)], 2, images=[2], num_previous_images=[1])
 
 
 def test_a_marker_fed_while_decoding(any_engine, programs, family):
     program = programs[family]
     prompts = [prompt(program.info, M, 3, M, 2), prompt(program.info, M, 4), prompt(program.info, 3, M, 1)]
     forced = np.array([ids(5, 1), ids(5, 2), ids(5, 3)])
-    forced[1, 1] = forced[0, 3] = program.info["image_id"]
+    forced[1, 1] = forced[0, 3] = program.info.image_id
     both_runs(any_engine, program, prompts, 4, forced=forced)
 
 
@@ -189,17 +189,17 @@ def test_a_sample_that_sees_none_of_its_images(directories, programs, family):
         own = {k: x[lo:hi] for k, x in (inputs or {}).items()}
         return {"pixel_values": pixels[lo:hi], "image_inputs": own or None, "tiles": tiles and tiles[lo:hi], **run}
 
-    together = engines["optimized"].run_ids(prompts, images=[1, 2], **part(0, 3))
+    together = engines["optimized"].debug.generate_ids(prompts, images=[1, 2], **part(0, 3))
     for b, (lo, hi) in enumerate(((0, 1), (1, 3))):
-        alone = engines["traced"].run_ids(prompts[b : b + 1], images=[hi - lo], **part(lo, hi))
+        alone = engines["traced"].debug.generate_ids(prompts[b : b + 1], images=[hi - lo], **part(lo, hi))
         assert alone.tokens == [together.tokens[b]]
         np.testing.assert_allclose(alone.logits[0], together.logits[b], atol=ATOL)
     with pytest.raises(EngineError, match="sees none of its images beside samples with another number"):
-        engines["traced"].run_ids(prompts, images=[1, 2], **part(0, 3))
+        engines["traced"].debug.generate_ids(prompts, images=[1, 2], **part(0, 3))
 
 
 def test_images_are_read(any_engine, family):
-    marker = any_engine.info["image_id"]
+    marker = any_engine.info.image_id
     one, two = (any_engine.generate([5, marker, 6], [picture(i)], max_new_tokens=2, logprobs=True) for i in (1, 2))
     assert (one.ids, one.logprobs) != (two.ids, two.logprobs)
 
@@ -209,7 +209,7 @@ def test_generate(flamingo):
     done = flamingo.generate("what is it", images=[picture(1)], max_new_tokens=9, logprobs=True)
     wanted = flamingo.text.encode("<image>what is it")
     assert done.prompt_tokens == len(wanted) == 11
-    run = flamingo.run_ids([wanted], flamingo.image_processor([picture(1)]), max_new_tokens=9)
+    run = flamingo.debug.generate_ids([wanted], flamingo.image_processor([picture(1)]), max_new_tokens=9)
     assert done.ids == run.tokens[0][: len(done.ids)]
     assert flamingo.generate(wanted, [picture(1)], max_new_tokens=9, logprobs=True) == done
     assert "".join(flamingo.generate("what is it", [picture(1)], stream=True, max_new_tokens=9)) == done.text
@@ -250,7 +250,7 @@ def test_pooled_caches_forget_what_they_saw(engine):
 
 
 def test_wrong_requests(flamingo):
-    marker = flamingo.info["image_id"]
+    marker = flamingo.info.image_id
     for given_prompt, images, message in (
         ("<image>a", [], "1 image markers '<image>', but 0 images were given"),
         ([5, marker], [], "places for 1 images, but 0 were given"),
@@ -262,9 +262,9 @@ def test_wrong_requests(flamingo):
         with pytest.raises(EngineError, match=message):
             flamingo.generate(given_prompt, images)
     with pytest.raises(EngineError, match="places for 1 images, but 2 were given"):
-        flamingo.run_ids([[5, marker]], np.zeros((2, 3, 42, 42), np.float32))
+        flamingo.debug.generate_ids([[5, marker]], np.zeros((2, 3, 42, 42), np.float32))
     with pytest.raises(EngineError, match=r"expected None or 1 numbers"):
-        flamingo.run_ids([[5]], images=[1, 2])
+        flamingo.debug.generate_ids([[5]], images=[1, 2])
 
 
 # ----------------------------------------------------------------------------------------------- images kept in a store
@@ -297,7 +297,7 @@ def test_a_picture_is_encoded_once(directories, family, monkeypatch):
 def test_a_small_budget_drives_images_out(directories, monkeypatch):
     probe = Engine(directories["openflamingo", "optimized"], threads=1)
     one, _ = probe._ready(pictures(1))
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=2 * one[0].nbytes)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=2 * one[0].nbytes)
     encoded, shown, asked = Encoded(monkeypatch), pictures(3), prompt(engine.info, M, 2)
     first = [engine.generate(asked, [s], max_new_tokens=3).ids for s in shown]
     assert (encoded.images, len(engine.store)) == (3, 2)
@@ -308,13 +308,13 @@ def test_a_small_budget_drives_images_out(directories, monkeypatch):
 
 
 def test_nothing_is_kept_without_a_budget(directories, monkeypatch):
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=0)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=0)
     encoded, asked = Encoded(monkeypatch), prompt(engine.info, M, 2)
     answers = [engine.generate(asked, pictures(1), max_new_tokens=3).ids for _ in range(2)]
     assert answers[0] == answers[1]
     assert (encoded.images, len(engine.store)) == (2, 0)
-    with pytest.raises(EngineError, match="keep_bytes is -1"):
-        Engine(directories["openflamingo", "optimized"], keep_bytes=-1)
+    with pytest.raises(EngineError, match="cache_bytes is -1"):
+        Engine(directories["openflamingo", "optimized"], cache_bytes=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
@@ -322,11 +322,11 @@ def with_tokenizer(directory, into, program):
     """An engine with a tokenizer of letters, whatever the family's marks are."""
     out = shutil.copytree(directory, into)
     facts = json.loads((out / "program.json").read_text())
-    if facts["processing"]["tokenizer"] is None:
-        letters(program.info["vocab_size"], {}).save(str(out / "tokenizer.json"))
-        facts["processing"]["tokenizer"] = "tokenizer.json"
-        marks = {"user": "Q:", "assistant": "A:", "separator": " ", "end": ".", "image": program.info["image_marker"]}
-        facts["processing"]["chat"] = marks
+    if facts["tokenizer"] is None:
+        letters(program.info.vocab_size, {}).save(str(out / "tokenizer.json"))
+        facts["tokenizer"] = "tokenizer.json"
+        marks = {"user": "Q:", "assistant": "A:", "separator": " ", "end": ".", "image": program.info.image_marker}
+        facts["info"]["processing"]["chat"] = marks
         (out / "program.json").write_text(json.dumps(facts))
     return out
 
@@ -385,9 +385,9 @@ def test_it_needs_no_torch(directories):
 KINDS = {
     "first image again": {"reset": True},
     "tiles apart": {"blocks": 3},
-    "one block, text before": {"before": "everything"},
+    "one block, text before": {"before": "all_images"},
     "together": {"together": True},
-    "tiles together, text before": {"blocks": 2, "together": True, "before": "everything", "sees": True},
+    "tiles together, text before": {"blocks": 2, "together": True, "before": "all_images", "sees": True},
 }
 
 
@@ -416,11 +416,11 @@ def test_other_kinds_run_as_the_program(toy, name):
     prompts, images = TOY_PROMPTS[name]
     prompts = [[toys.MARKER if t == "M" else t for t in p] for p in prompts]
     n = sum(p.count(toys.MARKER) for p in prompts) if images is None else sum(images)
-    blocks, kw = program.info["cross"]["blocks"], {"images": images, "max_new_tokens": 4}
+    blocks, kw = program.info.cross.tiles, {"images": images, "max_new_tokens": 4}
     tiles = [1 + i % blocks for i in range(n)] if blocks > 1 and n else None
     pixels = np.random.default_rng(0).standard_normal((n, 3, 4, 4)).astype(np.float32) if n else None
     tokens, logits = program_run(program, prompts, pixels, None, tiles, **kw)
     for engine in engines:
-        made = engine.run_ids(prompts, pixels, tiles=tiles, ignore_eos=True, logits=True, **kw)
+        made = engine.debug.generate_ids(prompts, pixels, tiles=tiles, ignore_eos=True, logits=True, **kw)
         np.testing.assert_allclose(np.stack(made.logits), logits, atol=1e-4)
         assert made.tokens == tokens

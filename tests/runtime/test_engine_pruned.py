@@ -42,7 +42,7 @@ from mmopt.spec import prompt as planning
 from mmopt.spec.errors import EngineError
 
 ATOL = 2e-4
-MADE = {  # family, place, share of the rows, method
+MADE = {  # family, site, share of the rows, method
     "owl": ("owl", "abstractor", 0.5, "first"),
     "inside": ("owl", "language_model.1", 0.5, "merge"),
     "janus": ("janus", "encode_vision", 0.25, "pool"),
@@ -59,12 +59,12 @@ def inference():
 
 @cache
 def result(kind):
-    family, place, keep, method = MADE[kind]
+    family, site, keep, method = MADE[kind]
     m = model(family)
     m.tokenizer = m.tokenizer or (letters(60, {}).to_str() if family == "owl" else None)
     program = traced(family)
-    program.info["tokenizer"] = m.tokenizer
-    return optimize(program, [CompressVisualTokens(keep, method, place), *default_passes()])
+    program.source.tokenizer = m.tokenizer
+    return optimize(program, [CompressVisualTokens(keep, method, site), *default_passes()])
 
 
 @pytest.fixture(scope="session")
@@ -125,16 +125,16 @@ def test_runs_by_hand(engine, kind, layout):
     images = shown(kind, prompts)
     forced = np.array(FORCED[: len(prompts)])
     more = {"max_new_tokens": 4, "forced": forced, "logits": True}
-    found = engine.run_ids(prompts, None if images is None else images.numpy(), **more)
+    found = engine.debug.generate_ids(prompts, None if images is None else images.numpy(), **more)
     logits = torch.from_numpy(np.stack(found.logits))
     made, kw = by_hand(kind, images)
     torch.testing.assert_close(logits, reference(family, prompts, FORCED, made, **kw), atol=ATOL, rtol=ATOL)
     torch.testing.assert_close(logits, run(result(kind).program, prompts, images), atol=ATOL, rtol=ATOL)
     if images is not None:
         rows = engine.encode_images(images.numpy())
-        again = engine.run_ids(prompts, image_rows=rows, **more)
+        again = engine.debug.generate_ids(prompts, image_embeds=rows, **more)
         np.testing.assert_array_equal(np.stack(again.logits), np.stack(found.logits))
-        again = engine.run_ids(prompts, image_rows=rows.numpy(), **more)
+        again = engine.debug.generate_ids(prompts, image_embeds=rows.numpy(), **more)
         np.testing.assert_array_equal(np.stack(again.logits), np.stack(found.logits))
 
 
@@ -142,11 +142,11 @@ def test_caches_are_the_programs(engine, kind):
     family = MADE[kind][0]
     prompts = ids_of(family, "batch")
     images = shown(kind, prompts)
-    made = engine.run_ids(prompts, images.numpy(), max_new_tokens=3, ignore_eos=True, caches=True)
+    made = engine.debug.generate_ids(prompts, images.numpy(), max_new_tokens=3, ignore_eos=True, caches=True)
     values = result(kind).program(prompts, images, max_new_tokens=3, ignore_eos=True)
     assert made.tokens == values["tokens"]
     assert made.past.tolist() == values["past"].tolist()
-    gone = [p.count(engine.info["image_id"]) * engine.info.get("rows_left_out_late", 0) for p in prompts]
+    gone = [p.count(engine.info.image_id) * engine.info.cache_delta for p in prompts]
     for key, rows in made.caches.items():
         late = key.endswith(".1")  # the second layer holds fewer rows
         for sample, past in enumerate(made.past):
@@ -171,7 +171,7 @@ def likeliest(kind, prompt, images, steps=4):
         logits = reference(MADE[kind][0], [prompt], [[*ids, 0]], made, **kw)[0, -1]
         ids.append(int(logits.argmax()))
         logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
-        if ids[-1] in traced(MADE[kind][0]).info["eos_ids"]:
+        if ids[-1] in traced(MADE[kind][0]).info.eos_ids:
             break
     return ids, logprobs
 
@@ -248,8 +248,8 @@ def test_beams(engine, kind):
         beams[:] = [[*beams[p], i] for p, i in zip(parents, ids, strict=True)]
         return np.stack([logits(b) for b in beams])
 
-    wanted = search(logits([]), step, 3, 4, engine.info["eos_ids"])
-    said = engine.generate(prompt, shown, beams=3, **OPTIONS)
+    wanted = search(logits([]), step, 3, 4, engine.info.eos_ids)
+    said = engine.generate(prompt, shown, num_beams=3, **OPTIONS)
     assert [tuple(h.ids) for h in said.hypotheses] == [h.ids for h in wanted]
     assert said.score == pytest.approx(wanted[0].score, abs=5e-4)
 
@@ -278,14 +278,14 @@ def test_chat(engine, kind, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- positions
 def test_prompts_that_reach_beyond_the_table(janus):
     """The rows fit the cache, their positions not the table of the model: 90 of them."""
-    assert (janus.info["positions"], janus.info["context"], janus.info["rows_left_out"]) == (90, 72, 12)
+    assert (janus.info.positions, janus.info.context, janus.info.position_delta) == (90, 72, 12)
     program = result("janus").program
     (prompt,) = ids_of("janus", [(10, I, 10, I, 10, I, 5)])  # 50 rows, 86 positions
     images = shown("janus", [prompt])
-    said = janus.run_ids([prompt], images.numpy(), max_new_tokens=5, ignore_eos=True)
+    said = janus.debug.generate_ids([prompt], images.numpy(), max_new_tokens=5, ignore_eos=True)
     assert said.tokens == program([prompt], images, max_new_tokens=5, ignore_eos=True)["tokens"]
     with pytest.raises(EngineError, match="prompt 0 reaches position 91, rows of images that were left out counted"):
-        janus.run_ids([prompt], images.numpy(), max_new_tokens=6)
+        janus.debug.generate_ids([prompt], images.numpy(), max_new_tokens=6)
     with pytest.raises(ValueError, match="prompt 0 reaches position 91"):
         program([prompt], images, max_new_tokens=6)
     with pytest.raises(EngineError, match="reaches position 91"):
@@ -309,12 +309,12 @@ def test_forgotten_images_are_noticed(directories, monkeypatch):
     prompts = ids_of("janus", "apart")
     images = shown("janus", prompts)
     wanted = reference("janus", prompts, FORCED, by_hand("janus", images)[0])
-    real = planning.told_of_images
+    real = planning.position_deltas
     monkeypatch.setattr(
-        "mmopt.runtime.decoder.told_of_images", lambda a, b, info: real(a, b, info) | {"left_out_before": a * 0}
+        "mmopt.runtime.decoder.position_deltas", lambda a, b, info: real(a, b, info) | {"position_delta_before": a * 0}
     )
     more = {"max_new_tokens": 4, "forced": np.array(FORCED[:1]), "logits": True}
-    found = engine.run_ids(prompts, images.numpy(), **more)
+    found = engine.debug.generate_ids(prompts, images.numpy(), **more)
     assert np.abs(np.stack(found.logits) - wanted.numpy()).max() > 1e-2
 
 
@@ -326,8 +326,8 @@ def test_half_precision(janus, tmp_path):
     prompts = ids_of("janus", "batch")
     images = shown("janus", prompts).numpy()
     more = {"max_new_tokens": 4, "forced": np.array(FORCED), "logits": True}
-    one, two = (np.stack(e.run_ids(prompts, images, **more).logits) for e in (janus, half))
+    one, two = (np.stack(e.debug.generate_ids(prompts, images, **more).logits) for e in (janus, half))
     assert 0 < np.linalg.norm(one - two) < 0.01 * np.linalg.norm(one)
-    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", positions="renumber")
+    renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", position_ids="renumber")
     other = run(renumbered, prompts, torch.from_numpy(images)).numpy()
     assert np.linalg.norm(one - other) > 0.1 * np.linalg.norm(one)

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,12 @@ def flamingo(directories):
 
 
 def marker(engine):
-    return engine.info["image_id"]
+    return engine.info.image_id
 
 
 def ahead(engine):
     """Text before the first image sees all images, so a prefix must begin with an image or hold all of them."""
-    return bool(engine.decoder.cross) and engine.decoder.cross["before"] == "everything"
+    return bool(engine.decoder.cross) and engine.decoder.cross.leading_text == "all_images"
 
 
 def same(one, two):
@@ -98,7 +99,7 @@ def test_same_as_without(engine, beginning, query):
         return
     whole = engine.generate(begin + rest, shown, **OPTIONS)
     prefix = engine.prefix(begin, shown[:n])
-    assert prefix.rows == whole.prompt_tokens - len(rest) - m * (engine.info["rows_per_image"] - 1)
+    assert prefix.rows == whole.prompt_tokens - len(rest) - m * (engine.info.tokens_per_image - 1)
     for _ in range(2):
         same(engine.generate(rest, shown[n:], prefix=prefix, **OPTIONS), whole)
 
@@ -161,8 +162,8 @@ def test_a_lane_is_only_used_again_with_its_rows(engine, first):
         stream.close()
 
     def beams():
-        engine.generate(parts(engine, 3), beams=2, max_new_tokens=3)
-        engine.generate(parts(engine, 3), prefix=prefix, beams=2, max_new_tokens=3)
+        engine.generate(parts(engine, 3), num_beams=2, max_new_tokens=3)
+        engine.generate(parts(engine, 3), prefix=prefix, num_beams=2, max_new_tokens=3)
 
     between = [short, long, another_prefix, in_a_batch, shared_in_a_batch, cancelled, beams]
     for act in between[first:] + between[:first]:
@@ -235,8 +236,8 @@ def test_several_threads_share_it(engine):
 
 def test_beams_go_on_from_it(engine):
     begin, shown, rest = parts(engine, M, 4), pictures(1), parts(engine, 3)
-    whole = engine.generate(begin + rest, shown, beams=3, max_new_tokens=4)
-    got = engine.generate(rest, prefix=engine.prefix(begin, shown), beams=3, max_new_tokens=4)
+    whole = engine.generate(begin + rest, shown, num_beams=3, max_new_tokens=4)
+    got = engine.generate(rest, prefix=engine.prefix(begin, shown), num_beams=3, max_new_tokens=4)
     assert [h.ids for h in got.hypotheses] == [h.ids for h in whole.hypotheses]
     assert got.score == pytest.approx(whole.score, abs=1e-4)
 
@@ -256,7 +257,7 @@ def test_the_same_prefix_is_read_once(engine, monkeypatch):
 
 
 def test_without_a_budget_it_is_read_each_time(directory):
-    engine = Engine(directory, threads=1, keep_bytes=0)
+    engine = Engine(directory, threads=1, cache_bytes=0)
     begin, rest = parts(engine, M, 5), parts(engine, 2)
     one, two = (engine.prefix(begin, pictures(1)) for _ in range(2))
     assert one is not two
@@ -368,13 +369,13 @@ BREAKS = {
     "header only": (lambda p: cut(p, 300), "cannot be read as a stored prefix"),
     "text": (lambda p: p.write_text("hello, this is no prefix"), "cannot be read as a stored prefix"),
     "a directory": (lambda p: (p.unlink(), p.mkdir()), "cannot be read as a stored prefix"),
-    "weights": (lambda p: save_file({"w": np.zeros(3)}, p), "not a prefix of schema 1, found None"),
-    "odd metadata": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}), "not a prefix of schema 1"),
+    "weights": (lambda p: save_file({"w": np.zeros(3)}, p), "not a stored prefix: expected an object of schema 2, found None"),
+    "odd metadata": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}), "not a stored prefix: expected an object of schema 2, found 'list'"),
     "no json": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "{"}), "cannot be read as a stored prefix"),
-    "newer": (lambda p: with_metadata(p, schema=2), "not a prefix of schema 1, found 2"),
-    "no ids": (lambda p: with_metadata(p, ids=None), "not of the expected form"),
-    "no tiles": (lambda p: with_metadata(p, tiles=None), "not of the expected form"),
-    "no rows": (lambda p: with_metadata(p, rows=None), "not of the expected form"),
+    "newer": (lambda p: with_metadata(p, schema=3), "not a stored prefix: expected an object of schema 2, found 3"),
+    "no ids": (lambda p: with_metadata(p, ids=None), "not a stored prefix: lacks ids"),
+    "no tiles": (lambda p: with_metadata(p, tiles=None), "not a stored prefix: lacks tiles"),
+    "no rows": (lambda p: with_metadata(p, rows=None), "not a stored prefix: lacks rows"),
     "unknown dtype": (lambda p: with_metadata(p, dtype="int4"), "not of the expected form"),
     "no image": (lambda p: without(p, "image.0.rows"), "not of the expected form"),
     "a cache less": (lambda p: without(p, "cache.key_cache.1"), "not of the expected form"),
@@ -457,7 +458,7 @@ def test_too_long(engine):
 
 
 def test_it_fills_the_cache_by_default(engine, monkeypatch):
-    monkeypatch.setitem(engine.info, "eos_ids", [])
+    monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([])))
     prefix = engine.prefix(parts(engine, M, 8), pictures(1))
     done = engine.generate(parts(engine, 5), prefix=prefix)
     assert done.completion_tokens == CONTEXT - prefix.rows - 5 + 1
@@ -498,7 +499,7 @@ def test_wrong_prefixes(engine):
 def test_text(flamingo, begin, n, rest, m):
     shown = pictures(n + m)
     prefix = flamingo.prefix(begin, shown[:n])
-    whole = flamingo.generate(flamingo.text.encode(flamingo.with_markers(begin, shown[:n]) + rest), shown, **OPTIONS)
+    whole = flamingo.generate(flamingo.text.encode(flamingo._with_markers(begin, shown[:n]) + rest), shown, **OPTIONS)
     same(flamingo.generate(rest, shown[n:], prefix=prefix, **OPTIONS), whole)
 
 
@@ -540,4 +541,4 @@ def test_a_text_that_would_change_the_end_of_the_prefix(flamingo, monkeypatch):
 
 
 def test_ids_among_rows_are_the_recorded_marker(owl):
-    assert Engine(owl, threads=1).info["image_id"] == IMAGE
+    assert Engine(owl, threads=1).info.image_id == IMAGE

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,12 @@ def test_program_and_engine_equal_the_plain_model(line, engine, count):
         if count == 1:
             assert torch.equal(p([prompt], pixels[:, 0], ignore_eos=True)["image_rows"], made["image_rows"])
     made = program([prompt], pixels, max_new_tokens=4, ignore_eos=True)
-    run = engine.run_ids([prompt], pixels.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
+    run = engine.debug.generate_ids([prompt], pixels.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
     assert run.tokens == made["tokens"]
     torch.testing.assert_close(torch.from_numpy(run.logits[0][0]), logits[-1], **CLOSE)
-    torch.testing.assert_close(torch.from_numpy(run.image_rows.numpy()), rows, **CLOSE)
+    torch.testing.assert_close(torch.from_numpy(run.image_embeds.numpy()), rows, **CLOSE)
     if count == 1:
-        assert np.array_equal(engine.encode_images(pixels[:, 0].numpy()), run.image_rows)
+        assert np.array_equal(engine.encode_images(pixels[:, 0].numpy()), run.image_embeds)
 
 
 def test_the_rows_of_a_video_are_those_of_all_its_frames(line):
@@ -102,7 +103,7 @@ def test_the_rows_of_a_video_are_those_of_all_its_frames(line):
         changed[0, f] = frames(1, seed=9)
         assert (program([prompt], changed)["image_rows"] - rows).abs().max() > 1e-3
     turned = (program([prompt], pixels.flip(1))["image_rows"] - rows).abs().max()
-    assert turned > 1e-4 if program.info["max_frames"] else turned < 1e-5
+    assert turned > 1e-4 if program.info.max_frames else turned < 1e-5
 
 
 def test_a_video_beside_an_image(line, engine):
@@ -115,7 +116,7 @@ def test_a_video_beside_an_image(line, engine):
             pixels = [torch.from_numpy(engine.image_processor(x))[None] for x in each]
             rows = torch.cat([model.module.encode_images(p) for p in pixels])
         torch.testing.assert_close(torch.from_numpy(engine.encode_images(given).numpy()), rows, **CLOSE)
-        wanted = engine.run_ids([prompt], image_rows=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
+        wanted = engine.debug.generate_ids([prompt], image_embeds=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
         torch.testing.assert_close(
             torch.from_numpy(wanted.logits[0][0]), plain_logits(model, rows, prompt)[-1], **CLOSE
         )
@@ -153,7 +154,7 @@ def test_hashes_cover_all_frames(line, engine):
 # -------------------------------------------------------------------------------------------------------- refusals
 def test_wrong_frames_are_refused(line, engine):
     model, program, _, _ = line
-    prompt, most = [7, model.image_id, 4], program.info["max_frames"]
+    prompt, most = [7, model.image_id, 4], program.info.max_frames
     with pytest.raises(EngineError, match="image 1 has 0 frames, expected"):
         engine.encode_images([pictures(1)[0], []])
     with pytest.raises(EngineError, match=r"shape \(1, 2, 3, 40, 42\), expected \(N, F, 3, 42, 42\)"):
@@ -166,7 +167,7 @@ def test_wrong_frames_are_refused(line, engine):
     with pytest.raises(EngineError, match="image 0 has 4 frames, expected 1 to 3"):
         engine.generate(prompt, [pictures(4)])
     with pytest.raises(EngineError, match="pixel_values has 4 frames, expected 1 to 3"):
-        engine.run_ids([prompt], np.zeros((1, 4, 3, 42, 42), np.float32))
+        engine.debug.generate_ids([prompt], np.zeros((1, 4, 3, 42, 42), np.float32))
     with pytest.raises(ValueError, match="pixel_values have 4 frames, the model takes at most 3"):
         program([prompt], torch.zeros(1, 4, 3, 42, 42))
 
@@ -188,11 +189,17 @@ def test_families_without_videos_refuse_a_list_of_frames(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- the TensorRT gate
 def test_profiles_of_frames():
-    info = {"batch": 1, "images": 2, "context": 64, "rows_per_image": 1, "cross": {"blocks": 1, "rows": 8, "width": 32}}
+    info = {
+        "batch": 1,
+        "images": 2,
+        "context": 64,
+        "tokens_per_image": 1,
+        "cross": {"blocks": 1, "rows": 8, "width": 32},
+    }
     inputs = {"pixel_values": {"shape": ["N", "F", 3, 5, 5]}}
-    (found,) = profiles(inputs, info | {"max_frames": None})
+    (found,) = profiles(inputs, replace(info, max_frames=None))
     assert found["pixel_values"] == [(1, 1, 3, 5, 5), (1, 1, 3, 5, 5), (2, 8, 3, 5, 5)]
-    (found,) = profiles(inputs, info | {"max_frames": 3})
+    (found,) = profiles(inputs, replace(info, max_frames=3))
     assert found["pixel_values"][2] == (2, 3, 3, 5, 5)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,22 +11,25 @@ import optuna
 import PIL.Image
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from toys import texts, toy_info
 
 import mmopt
 from mmopt import cli
 from mmopt.exporters.onnx import export
-from mmopt.flow.frontier import Drift
+from mmopt.flow.frontier import DriftBudget
 from mmopt.ir.program import Program
 from mmopt.measure.statistics import Score
 from mmopt.measure.task import Sample, Task
 from mmopt.pipeline import Result
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.search import budget as searching
-from mmopt.search.budget import Quality, search_quality
+from mmopt.search.budget import QualityBudget, search_quality
 from mmopt.search.plan import apply_plan, compression, flow_steps, make_plan, passes_of, read_plan, save_plan
 from mmopt.search.probe import exported, first_token
 from mmopt.search.result import MET, NOT_MET, UNSURE, Candidate, Row, Search, compared, verdict
 from mmopt.search.trials import Trials
+from mmopt.spec.flow_plan import FlowPlan
+from mmopt.spec.model_info import Flow, ModelInfo
 from mmopt.spec.schedule import Call
 from mmopt.spec.solvers import make_plan as make_flow_plan
 
@@ -43,20 +47,25 @@ def score_of(values, ids=None):
 
 
 # ------------------------------------------------------------------- a world in which all costs and qualities are known
-def known_cost(place, method, keep):
+def known_cost(site, method, keep):
     """The earlier and the fewer, the cheaper; merging costs a little."""
-    early = {"pixels": 0.8, "vision.1": 0.7, "vision": 0.5, "resampler": 0.01}[place]
+    early = {"pixels": 0.8, "vision.1": 0.7, "vision": 0.5, "resampler": 0.01}[site]
     return 1 - early * (1 - keep) + 0.01 * (method == "merge")
 
 
-def known_losses(place, method, keep):
+def known_losses(site, method, keep):
     """Of 400 samples, so many are answered wrong: merging is good, early is bad, one row in eight is too few."""
     worst = {0.5: 0, 0.25: 8, 0.125: 40}[keep]
     return (
         worst
-        + {"pixels": 20, "vision.1": 4, "vision": 0, "resampler": 0}[place]
+        + {"pixels": 20, "vision.1": 4, "vision": 0, "resampler": 0}[site]
         + {"merge": -6, "first": 90}.get(method, 0)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyInfo(ModelInfo):
+    asked: tuple | None = None  # what the pass below was asked for
 
 
 class Toy(Pass):
@@ -64,8 +73,8 @@ class Toy(Pass):
 
     contract = "approximate"
 
-    def __init__(self, keep=0.25, method="pool", place=None, positions="keep"):
-        self.asked = place, method, keep
+    def __init__(self, keep_ratio=0.25, method="pool", site=None, position_ids="keep"):
+        self.asked = site, method, keep_ratio
 
     @property
     def name(self):
@@ -78,7 +87,7 @@ class Toy(Pass):
         if self.asked[:2] == ("vision", "merge") and self.asked[2] == 0.125:
             raise ValueError("8 rows cannot be merged")
         made = program.copy()
-        made.info["asked"] = self.asked
+        made.info = replace(made.info, asked=self.asked)
         report.did("rows are left out")
         return made
 
@@ -89,27 +98,29 @@ class World:
     def __init__(self, patch):
         self.asked, self.made = {}, []
         names = [SimpleNamespace(name=k, rows=n) for k, n in PLACES.items()]
-        fake = SimpleNamespace(CompressVisualTokens=Toy, find_places=lambda program: names)
-        patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
-        patch.setitem(sys.modules, "mmopt.pruning.methods", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
-        asked = lambda p: known_cost(*p.info["asked"]) if "asked" in p.info else 1  # noqa: E731
+        for module in ("mmopt.search.plan", "mmopt.search.probe"):
+            patch.setattr(f"{module}.CompressVisualTokens", Toy)
+        patch.setattr("mmopt.search.plan.find_sites", lambda program: names)
+        for module in ("mmopt.search.plan", "mmopt.search.budget"):
+            patch.setattr(f"{module}.METHODS", dict.fromkeys(METHODS))
+        asked = lambda p: known_cost(*p.info.asked) if p.info.asked else 1  # noqa: E731
         patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
-        patch.setattr(searching, "quality", self.quality)
-        patch.setattr("mmopt.search.result.paired", lambda a, b: mmopt.paired(a, b, draws=300))  # quick
-        patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
-        self.program = Program({}, (), {}, {}, {"family": "toy", "context": 9})
+        patch.setattr(searching, "evaluate", self.quality)
+        patch.setattr("mmopt.search.result.compare_scores", lambda a, b: mmopt.compare_scores(a, b, draws=300))  # quick
+        patch.setattr("mmopt.pipeline.why_unchecked", lambda program: "a toy")
+        self.program = Program({}, texts(), {}, {}, ToyInfo(**vars(toy_info(context=9))))
 
     def quality(self, runner, task):
-        plan = runner.info.get("asked")
+        plan = runner.info.asked
         wrong = max(0, known_losses(*plan)) if plan else 0
         self.asked[plan] = self.asked.get(plan, 0) + len(task.samples)
         lost = [int(s.id) * 7 % 400 < wrong for s in task.samples]
         return score_of([not x for x in lost], [s.id for s in task.samples])
 
     def budget(self, **changes):
-        given = {"drop": 0.01, "trials": 12, "keeps": KEEPS, "seed": 1, "frontier": True}
+        given = {"max_drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
         given |= {"runner": lambda p: p} | changes
-        return Quality(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
+        return QualityBudget(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
     def search(self, told=None, **changes):
         observers = [] if told is None else [lambda text, report, program: told(text)]
@@ -134,19 +145,19 @@ def best_of_all(drop):
 # ---------------------------------------------------------------------------------------------------------- the search
 @pytest.mark.parametrize("drop", [0.005, 0.01, 0.2])
 def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
-    result = world.search(drop=drop, trials=99)
+    result = world.search(max_drop=drop, trials=99)
     best = result.search.best
     assert tuple(best.plan)[:3] == best_of_all(drop)
     assert (best.cost, best.verdict != NOT_MET) == (pytest.approx(known_cost(*best_of_all(drop))), True)
-    assert result.program.info["asked"] == best_of_all(drop)
-    assert world.program.info == {"family": "toy", "context": 9}
+    assert result.program.info.asked == best_of_all(drop)
+    assert world.program.info == ToyInfo(**vars(toy_info(context=9)))
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.01, 0.06])
 def test_plans_that_cannot_be_chosen_are_passed_over(world, drop):
     """The choice is that of measuring everything, with fewer questions; each plan measured could have been chosen."""
-    whole = world.search(drop=drop, trials=99).search
-    short = world.search(drop=drop, trials=99, frontier=False).search
+    whole = world.search(max_drop=drop, trials=99).search
+    short = world.search(max_drop=drop, trials=99, frontier=False).search
     assert short.best.plan == whole.best.plan
     assert len(short.rows) < len(whole.rows)
     least = 1.0
@@ -156,9 +167,9 @@ def test_plans_that_cannot_be_chosen_are_passed_over(world, drop):
 
 
 def test_what_saves_little_is_measured_while_nothing_keeps_the_budget(world, monkeypatch):
-    monkeypatch.setitem(known_cost.__globals__, "known_cost", lambda place, method, keep: 1.0 if keep < 0.5 else 0.97)
-    search = world.search(frontier=False, trials=99, keeps=(0.25, 0.125, 0.5)).search
-    assert {r.plan.keep for r in search.rows} == {0.5}  # the others save nothing at all
+    monkeypatch.setitem(known_cost.__globals__, "known_cost", lambda site, method, keep: 1.0 if keep < 0.5 else 0.97)
+    search = world.search(frontier=False, trials=99, keep_ratios=(0.25, 0.125, 0.5)).search
+    assert {r.plan.keep_ratio for r in search.rows} == {0.5}  # the others save nothing at all
     assert search.best.cost == 0.97
 
 
@@ -229,36 +240,38 @@ def test_what_surely_fails_is_given_up_after_a_few_samples(world):
 
 
 def test_a_limit_and_places_methods_and_keeps_that_are_asked_for(world):
-    search = world.search(limit=80, quick=20, places=["vision"], methods=["pool", "first"], keeps=[0.5, 0.25]).search
-    assert {(r.plan.place, r.plan.method, r.plan.keep) for r in search.rows} == {
+    search = world.search(
+        limit=80, quick=20, sites=["vision"], methods=["pool", "first"], keep_ratios=[0.5, 0.25]
+    ).search
+    assert {(r.plan.site, r.plan.method, r.plan.keep_ratio) for r in search.rows} == {
         ("vision", m, k) for m in ("pool", "first") for k in (0.5, 0.25)
     }
     assert {r.samples for r in search.rows} <= {20, 80}
     assert search.full.samples == 80
     both = world.search(
-        trials=4, places=["vision"], methods=["pool"], keeps=[0.5, 0.25], positions=["keep", "renumber"]
+        trials=4, sites=["vision"], methods=["pool"], keep_ratios=[0.5, 0.25], position_ids=["keep", "renumber"]
     )
-    assert {(r.plan.keep, r.plan.positions) for r in both.search.rows} == {
+    assert {(r.plan.keep_ratio, r.plan.position_ids) for r in both.search.rows} == {
         (k, p) for k in (0.5, 0.25) for p in ("keep", "renumber")
     }
-    with pytest.raises(ValueError, match=r"place 'attic' is not in this program; there are pixels, vision.1"):
-        world.search(places=["attic"])
+    with pytest.raises(ValueError, match=r"site 'attic' is not in this program; there are pixels, vision.1"):
+        world.search(sites=["attic"])
     with pytest.raises(ValueError, match="method 'magic' is not known; there are first, pool, merge, resize"):
         world.search(methods=["magic"])
-    with pytest.raises(ValueError, match="toy: there is no place"):
-        world.search(places=["pixels"], methods=["pool"])
+    with pytest.raises(ValueError, match="toy: there is no site"):
+        world.search(sites=["pixels"], methods=["pool"])
 
 
 def test_if_nothing_keeps_the_budget_nothing_is_compressed_and_the_report_says_so(world):
-    result = world.search(places=["pixels"], drop=0.01)
+    result = world.search(sites=["pixels"], max_drop=0.01)
     assert result.search.best is None
-    assert "asked" not in result.program.info
-    assert result.program.info["plan"]["passes"] == []
+    assert result.program.info.asked is None
+    assert result.program.info.plan["passes"] == []
     report = result.reports[-1]
     assert (report.name, report.rewrites) == ("budget", [])
     assert "none of 3 plans keeps a drop of at most 0.01 and saves anything, so nothing is compressed" in str(report)
     assert "the nearest is resize at pixels, keep 0.5" in str(report)
-    assert passes_of(result.program.info["plan"]) == []
+    assert passes_of(result.program.info.plan) == []
 
 
 def test_observers_are_told_and_the_report_names_the_choice(world):
@@ -278,13 +291,13 @@ def test_measured_time_is_a_cost(world, monkeypatch):
         drift = 1 + next(ask)  # the machine becomes slower and slower: only what is timed in turn can be compared
         times = []
         for r in runners:
-            plan = r.info.get("asked")
+            plan = r.info.asked
             slow = 1.0 if plan is None else 2.0 if plan[1] == "merge" else 0.1 + plan[2]
             times.append([drift * slow, drift * slow, 99.0 if r is runners[-1] else drift])
         return times
 
     monkeypatch.setattr(searching, "first_token", clocked)
-    search = world.search(trials=99, drop=0.01, timed=True).search
+    search = world.search(trials=99, max_drop=0.01, timed=True).search
     rows = {tuple(r.plan)[:3]: r for r in search.rows}
     assert rows["vision", "merge", 0.5].cost == pytest.approx(2)
     assert rows["vision", "pool", 0.25].cost == pytest.approx(0.35)
@@ -293,7 +306,7 @@ def test_measured_time_is_a_cost(world, monkeypatch):
     assert search.cost == "time to the first token"
     assert search.text().count(" ms") == len(search.rows) + 1
     assert search.full.seconds == 1
-    quicker = world.search(trials=99, drop=0.01, timed=True, frontier=False).search
+    quicker = world.search(trials=99, max_drop=0.01, timed=True, frontier=False).search
     assert {r.plan for r in quicker.rows} == {r.plan for r in search.rows}  # FLOPs say nothing of what takes less time
 
 
@@ -337,8 +350,8 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     world.search(store=store, trials=2)
     before = store.read_bytes()
     for changes, differs in (
-        ({"drop": 0.02}, "settings"),
-        ({"keeps": (0.5,)}, "settings"),
+        ({"max_drop": 0.02}, "settings"),
+        ({"keep_ratios": (0.5,)}, "settings"),
         ({"seed": 5}, "settings"),
         ({"task": Task("letters", [*TASK.samples[:-1], Sample("other", [], ["x"])])}, "task"),
         ({"task": dataclasses.replace(TASK, score="contains")}, "task"),
@@ -346,7 +359,7 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"trials.log: its trials are of another search, with other {differs}$"):
             world.search(store=store, **changes)
-    world.program = dataclasses.replace(world.program, info=world.program.info | {"context": 10})
+    world.program = dataclasses.replace(world.program, info=replace(world.program.info, context=10))
     with pytest.raises(ValueError, match=r"with other program$"):
         world.search(store=store)
     assert store.read_bytes() == before
@@ -473,32 +486,39 @@ def test_a_picture_is_drawn(found, tmp_path):
     ("given", "message"),
     [
         ({"task": "t.jsonl"}, "task is 't.jsonl', expected a mmopt.Task"),
-        ({"drop": -0.1}, "drop is -0.1"),
-        ({"drop": float("nan")}, "drop is nan"),
-        ({"drop": True}, "drop is True"),
+        ({"max_drop": -0.1}, "max_drop is -0.1"),
+        ({"max_drop": float("nan")}, "max_drop is nan"),
+        ({"max_drop": True}, "max_drop is True"),
         ({"limit": 0}, "limit is 0, expected a whole number of at least 1"),
         ({"quick": -1}, "quick is -1"),
         ({"trials": 0}, "trials is 0"),
         ({"seed": 1.5}, "seed is 1.5"),
-        ({"keeps": ()}, r"keeps is \(\), expected a list that is not empty"),
-        ({"keeps": (0.5, 1)}, "keeps holds 1, expected shares between 0 and 1"),
+        ({"keep_ratios": ()}, r"keep_ratios is \(\), expected a list that is not empty"),
+        ({"keep_ratios": (0.5, 1)}, "keep_ratios holds 1, expected shares between 0 and 1"),
         ({"methods": "pool"}, "methods is 'pool', expected a list"),
-        ({"positions": ["shuffle"]}, "positions holds 'shuffle', expected keep or renumber"),
-        ({"flow": 0.1}, "flow is 0.1, expected a mmopt.Drift"),
+        ({"position_ids": ["shuffle"]}, "position_ids holds 'shuffle', expected keep or renumber"),
+        ({"flow": 0.1}, "flow is 0.1, expected a mmopt.DriftBudget"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Quality(**({"task": TASK} | given))
+        QualityBudget(**({"task": TASK} | given))
 
 
 # ------------------------------------------------------------------------------------------------------- plans as data
 FLOW = make_flow_plan("ab2", 4, 2.0).to_json()
 
 
+def generating(program):
+    """The program, as if it generated images by the plan FLOW."""
+    plan = FlowPlan.from_json(FLOW)
+    flow = Flow((1, 2, 2), 4, plan=plan, plans=(plan,))
+    schedules = program.schedules.replaced(image=[Call("decode_image")])
+    return dataclasses.replace(program, schedules=schedules, info=replace(program.info, flow=flow))
+
+
 def test_plans_go_to_json_and_back(world, tmp_path):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
-    painting.info["flow"] = {"plan": FLOW, "plans": [FLOW]}
+    painting = generating(world.program)
     plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"drop": 0.01})
     save_plan(plan, tmp_path / "plan.json")
     (tmp_path / "program.json").write_text(json.dumps({"info": {"plan": plan}}))
@@ -507,7 +527,7 @@ def test_plans_go_to_json_and_back(world, tmp_path):
         compress, reduce = passes_of(source, painting)
         assert compress.asked == ("vision", "pool", 0.5)
         assert (reduce.plan.to_json(), [f.to_json() for f in reduce.fitted]) == (FLOW, [FLOW])
-    with pytest.raises(ValueError, match="reduce_flow_steps is for programs that paint; toy paints no images"):
+    with pytest.raises(ValueError, match="reduce_flow_steps is for programs that paint; toy generates no images"):
         passes_of(plan, world.program)
 
 
@@ -517,14 +537,14 @@ def test_plans_go_to_json_and_back(world, tmp_path):
         ({"name": "quantise"}, "pass 'quantise' is not known; there are compress_visual_tokens, reduce_flow_steps"),
         ({}, "pass None is not known"),
         (compression("vision", "magic", 0.5), "method 'magic' is not known; there are first, pool, merge, resize"),
-        (compression("attic", "pool", 0.5), "place 'attic' is not in this program; there are pixels, vision.1"),
+        (compression("attic", "pool", 0.5), "site 'attic' is not in this program; there are pixels, vision.1"),
         (compression("vision", "pool", 0.5) | {"speed": 3}, "compress_visual_tokens takes no speed"),
-        ({"name": "compress_visual_tokens", "place": "vision"}, "compress_visual_tokens lacks method, keep"),
+        ({"name": "compress_visual_tokens", "site": "vision"}, "compress_visual_tokens lacks method, keep_ratio"),
         ({"name": "reduce_flow_steps", "plan": {}}, "not a flow plan"),
     ],
 )
 def test_steps_of_a_plan_that_are_not_known(world, step, message):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
+    painting = generating(world.program)
     with pytest.raises(ValueError, match=message):
         passes_of(make_plan([step]), painting)
 
@@ -532,9 +552,9 @@ def test_steps_of_a_plan_that_are_not_known(world, step, message):
 def test_files_that_hold_no_plan(world, tmp_path):
     for text, message in (
         ("{", "Expecting"),
-        ("[1]", "not a plan: expected an object with format 'mmopt-plan-1', found 'list'"),
+        ("[1]", "not a plan: expected an object of schema 2, found 'list'"),
         ("{}", "found None"),
-        ('{"format": "mmopt-plan-1", "passes": 3}', "its passes are 3, expected a list"),
+        ('{"schema": 2, "passes": 3}', "its passes are 3, expected a list"),
         ('{"info": {}}', "this engine was made without a plan"),
         ('{"info": {"plan": 3}}', "found 'int'"),
     ):
@@ -548,19 +568,19 @@ def test_files_that_hold_no_plan(world, tmp_path):
 def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     def within(result, budget, prompts):
         made = result.program.copy()
-        made.info["flow"] = {"plan": FLOW}
+        made.info = replace(made.info, flow={"plan": FLOW})
         report = Report("reduce_flow_steps", "approximate", [f"for {prompts}"], checked="drift: mean 0.02")
         return Result(made, [*result.reports, report])
 
     monkeypatch.setattr(searching, "within", within)
-    drift = Drift(mean=0.1)
-    with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy paints no images"):
+    drift = DriftBudget(mean=0.1)
+    with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy generates no images"):
         world.search(flow=drift)
-    world.program = dataclasses.replace(world.program, painting=(Call("paint"),))
+    world.program = generating(world.program)
     with pytest.raises(ValueError, match="a budget of drift needs prompts"):
         world.search(flow=drift)
     result = search_quality(world.program, world.budget(flow=drift, trials=3), [], prompts=["a cat"])
-    plan = json.loads(json.dumps(result.program.info["plan"]))
+    plan = json.loads(json.dumps(result.program.info.plan))
     assert [s["name"] for s in plan["passes"]] == ["compress_visual_tokens", "reduce_flow_steps"]
     assert plan["passes"][1]["plan"] == FLOW
     assert plan["measured"]["flow"] == {"budget": "mean 0.1", "drift": "drift: mean 0.02"}
@@ -589,8 +609,8 @@ def program():
 
 @pytest.fixture(scope="module")
 def searched(program, task):
-    given = {"keeps": [0.25], "methods": ["pool", "resize"], "places": ["vision.1", "pixels"]}
-    budget = Quality(Task.load(task), 0.5, quick=3, trials=2, **given)
+    given = {"keep_ratios": [0.25], "methods": ["pool", "resize"], "sites": ["vision.1", "pixels"]}
+    budget = QualityBudget(Task.load(task), 0.5, quick=3, trials=2, **given)
     return search_quality(program, budget, check=False)
 
 
@@ -601,7 +621,7 @@ def test_on_a_trained_model_the_plan_goes_along_into_the_engine(program, searche
     assert all(0 < r.flops < search.full.flops for r in search.rows)
     assert searched.reports[0].name == "compress_visual_tokens"
     made = export(searched.program, tmp_path / "engine", check=False)
-    assert json.loads((made / "program.json").read_text())["info"]["plan"] == searched.program.info["plan"]
+    assert json.loads((made / "program.json").read_text())["info"]["plan"] == searched.program.info.plan
     again = apply_plan(program, made, check=False)
     assert str(again.program) == str(searched.program)
     assert again.program.info == searched.program.info
@@ -635,7 +655,7 @@ def run_cli(arguments, capsys):
 def test_on_the_command_line(program, task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mmopt, "trace", lambda model, *sizes, **options: program)  # quick
     plan = Candidate("vision.1", "pool", 0.5)
-    monkeypatch.setattr(searching, "candidates", lambda budget, places: ([plan], []))
+    monkeypatch.setattr(searching, "candidates", lambda budget, sites: ([plan], []))
     checkpoint = EXAMPLES / "checkpoints/mplug-owl2-vqa"
     given = ["optimize", checkpoint, "--dtype", "float32", "--context", "64", "--no-check"]
     asked = [*given, "--quality", task, "--max-drop", "0.5", "--trials", "1", "--store", tmp_path / "trials.log"]

@@ -5,18 +5,19 @@ import pytest
 import torch
 
 from mmopt.ir import ops
-from mmopt.spec.cross_mask import Before, Segments, Sight, gather, key_mask, masks, segments, visible
+from mmopt.spec.cross_mask import Before, CrossMask, Segments, gather, key_mask, masks, segments, visible_tiles
+from mmopt.spec.model_info import Cross
 
 IMG = 9
 
 
 def info(blocks=1, before="nothing", together=False, reset=False):
-    return {"cross": {"blocks": blocks, "before": before, "together": together, "reset": reset}, "image_id": IMG}
+    return Cross(blocks, 1, 1, before, together, reset), IMG
 
 
 def seen_by(ids, images, **kw):
     more = {k: kw.pop(k) for k in ("before_markers", "tiles") if k in kw}
-    return visible(ids, images, info(**kw), more.get("before_markers", 0), more.get("tiles"))
+    return visible_tiles(ids, images, *info(**kw), more.get("before_markers", 0), more.get("tiles"))
 
 
 # ------------------------------------------------------------------------------------------------- what each row sees
@@ -30,10 +31,10 @@ def test_text_without_images():
 
 
 def test_text_before_the_first_image():
-    rows = seen_by([1, IMG, 2], 2, blocks=2, before="everything")
+    rows = seen_by([1, IMG, 2], 2, blocks=2, before="all_images")
     assert rows == [(0, 1, 2, 3), (0, 1), (0, 1)]
     assert [isinstance(r, Before) for r in rows] == [True, False, False]
-    assert seen_by([1, 2], 0, before="everything") == [None, None]
+    assert seen_by([1, 2], 0, before="all_images") == [None, None]
 
 
 def test_more_markers_than_images_see_none():
@@ -50,7 +51,7 @@ def test_markers_side_by_side():
     assert seen_by(ids, 6) == [(0,), (1,), (1,), (2,), (2,), (3,), (4,), (5,), (5,)]
     together = [(0,), (0, 1), (0, 1), (2,), (2,), (3,), (3, 4), (3, 4, 5), (3, 4, 5)]
     assert seen_by(ids, 6, together=True) == together
-    assert seen_by([1, IMG, IMG, 2], 2, together=True, before="everything") == [(0, 1), (0,), (0, 1), (0, 1)]
+    assert seen_by([1, IMG, IMG, 2], 2, together=True, before="all_images") == [(0, 1), (0,), (0, 1), (0, 1)]
 
 
 def test_side_by_side_beyond_the_images():
@@ -61,7 +62,7 @@ def test_side_by_side_beyond_the_images():
 def test_tiles():
     assert seen_by([IMG, 1, IMG], 2, blocks=3, tiles=[1, 2]) == [(0,), (0,), (3, 4)]
     assert seen_by([IMG, IMG], 2, blocks=3, together=True, tiles=[2, 3]) == [(0, 1), (0, 1, 3, 4, 5)]
-    assert seen_by([1, IMG], 1, blocks=3, before="everything", tiles=[2])[0] == (0, 1, 2)  # padding tiles too
+    assert seen_by([1, IMG], 1, blocks=3, before="all_images", tiles=[2])[0] == (0, 1, 2)  # padding tiles too
     for wrong in ([1], [1, 4], [0, 1], [1, 1, 1]):
         with pytest.raises(ValueError, match=r"tiles are .*, expected 2 numbers from 1 to 3"):
             seen_by([IMG, IMG], 2, blocks=3, tiles=wrong)
@@ -80,25 +81,25 @@ def test_in_pieces_as_at_once():
         options = {
             "blocks": 1 + kind % 3,
             "together": bool(kind & 1),
-            "before": ("nothing", "everything")[kind % 4 > 1],
+            "before": ("nothing", "all_images")[kind % 4 > 1],
         }
         ids = rng.choice([1, 2, IMG], 12, p=[0.3, 0.3, 0.4]).tolist()
         whole, cut = seen_by(ids, 4, **options), int(rng.integers(1, 12))
-        sight = Sight(info(**options), 4)
+        sight = CrossMask(*info(**options), 4)
         assert sight.read(ids[:cut]) + sight.read(ids[cut:]) == whole
 
 
 def test_decoding_shows_no_new_image():
-    sight = Sight(info(), 3)
+    sight = CrossMask(*info(), 3)
     sight.read([IMG, 1, IMG, 2])
     assert [sight.decode(t) for t in (5, IMG, 6)] == [(1,), (1,), (1,)]
 
 
 def test_decoding_a_marker_shows_the_first_image_again():
-    sight = Sight(info(reset=True, blocks=2), 3, [1, 2, 2])
+    sight = CrossMask(*info(reset=True, blocks=2), 3, [1, 2, 2])
     sight.read([IMG, 1, IMG, 2])
     assert [sight.decode(t) for t in (5, IMG, 6)] == [(2, 3), (0,), (0,)]
-    none = Sight(info(reset=True), 0)
+    none = CrossMask(*info(reset=True), 0)
     assert [none.decode(t) for t in (5, IMG)] == [None, ()]
 
 

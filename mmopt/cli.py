@@ -485,11 +485,12 @@ def run(
     length_penalty: float = option("Beams: scores are divided by length to this power.", 1.0),
     prefix: Path | None = option("Go on from a stored beginning of the prompt (`mmopt prefix`).", exists=True),
 ) -> None:
-    """RequestState one question about images with an exported engine."""
+    """Answer one question about images with an exported engine."""
     loaded = options.open(engine, output)
     request: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "num_beams": num_beams, "length_penalty": length_penalty,
+        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "num_beams": num_beams,
+        "length_penalty": length_penalty,
         "prefix": None if prefix is None else loaded.load_prefix(prefix),
     }  # fmt: skip
     output.progress("answer")

@@ -143,7 +143,10 @@ def test_unguided_evaluations_compute_half_the_samples(request, which):
 
 def test_guidance_of_one_is_the_conditional_half(plain):
     """w v_cond - (w - 1) v_uncond is linear in w."""
-    made = [plain.generate_images([prompt(5)], noise(1), make_plan("euler", 1, guidance=w))["latents"] for w in (0.0, 1.0, 4.0)]
+    made = [
+        plain.generate_images([prompt(5)], noise(1), make_plan("euler", 1, guidance=w))["latents"]
+        for w in (0.0, 1.0, 4.0)
+    ]
     torch.testing.assert_close(made[2], 4 * made[1] - 3 * made[0], atol=1e-5, rtol=1e-5)
     assert (made[1] - made[0]).abs().max() > 1e-3
 

@@ -47,7 +47,9 @@ def read_apart(
     case.sights = read_sights(case, given, cross, image_id, tiles)
 
 
-def read_sights(case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, tiles_name: str | None) -> CrossMasks:
+def read_sights(
+    case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, tiles_name: str | None
+) -> CrossMasks:
     name, prompts, valid, pixels = case.name, case.prompts, case.valid, case.pixel_values
     batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
     inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}

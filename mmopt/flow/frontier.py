@@ -134,7 +134,11 @@ def cheapest(rows: Iterable[Row], budget: DriftBudget) -> Choice:
 
 
 def search(
-    velocity: Velocity, noises: np.ndarray, plans: Iterable[FlowPlan], reference: Reference | np.ndarray, budget: DriftBudget
+    velocity: Velocity,
+    noises: np.ndarray,
+    plans: Iterable[FlowPlan],
+    reference: Reference | np.ndarray,
+    budget: DriftBudget,
 ) -> tuple[Choice, list[Row]]:
     """Measures plans one by one and stops where the budget is kept: give them from few passes to many.
 
@@ -155,7 +159,9 @@ def _words(row: Row) -> str:
 def undominated(rows: Sequence[Row]) -> list[Row]:
     """The rows that no other beats: none has a smaller mean error at no more passes, or fewer passes at no more."""
     better = [
-        any(o.forwards <= r.forwards and o.mean <= r.mean and (o.forwards, o.mean) != (r.forwards, r.mean) for o in rows)
+        any(
+            o.forwards <= r.forwards and o.mean <= r.mean and (o.forwards, o.mean) != (r.forwards, r.mean) for o in rows
+        )
         for r in rows
     ]
     return [r for r, beaten in zip(rows, better, strict=True) if not beaten]

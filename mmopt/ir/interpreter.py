@@ -186,7 +186,9 @@ class Media:
         for b, c in enumerate(chunks):
             counted = None if tiles is None else [tiles[i] for i in c.images]
             self.sights.append(
-                CrossMask(self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0)
+                CrossMask(
+                    self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0
+                )
             )
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop

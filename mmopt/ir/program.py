@@ -88,14 +88,24 @@ class Program:
         Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
         them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
         `image_inputs`: what the image stages take beside pixel_values. Where images lie outside the text: `images` of
-        each prompt, if not as many as its markers; `tiles` of each image that count; `num_previous_images`: markers before each prompt.
+        each prompt, if not as many as its markers; `tiles` of each image that count; `num_previous_images`: markers
+        before each prompt.
         """
         self._needs_weights()
         interpreter = Interpreter(
             self.stages, self.schedules.text, self.weights, self.state, self.info, bool(self.schedules.image)
         )
         return interpreter.run(
-            prompts, pixel_values, max_new_tokens, forced, ignore_eos, observe, images, image_inputs, num_previous_images, tiles
+            prompts,
+            pixel_values,
+            max_new_tokens,
+            forced,
+            ignore_eos,
+            observe,
+            images,
+            image_inputs,
+            num_previous_images,
+            tiles,
         )
 
     def generate_images(

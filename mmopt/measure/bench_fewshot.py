@@ -160,7 +160,11 @@ class _Bench:
         }
         tiles = [i.tiles for i in self.ready["passes off"][: k + 1]]
         seen = visible_tiles(
-            self.text[:n], k + 1, info.required_cross, info.image_id, tiles=None if tiles[0] is None else [int(t) for t in tiles if t]
+            self.text[:n],
+            k + 1,
+            info.required_cross,
+            info.image_id,
+            tiles=None if tiles[0] is None else [int(t) for t in tiles if t],
         )  # type: ignore[arg-type]
         embed, language = self.plain.stages["embed"], self.plain.stages["language_model"]
         for stage, ids, visible_rows, past in (

@@ -1,8 +1,8 @@
 """The language model after rows of images were left out: it counts fewer rows, at the positions they had before.
 
 A row of an image carries how far it was moved forward, in two more columns of its own: so images may be cached, stored,
-batched and put into prefixes as ever. The host says how many rows were left out before a call (`position_delta_before`) and
-after its images (`left_out`).
+batched and put into prefixes as ever. The host says how many rows were left out before a call
+(`position_delta_before`) and after its images (`position_delta`).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _is_position(n: Node, past: Node) -> bool:
 
 
 def keep_for_images(program: Program, name: str, old: Stage) -> None:
-    """GeneratedImages reads no images: where it called a stage that was changed, it goes on with that as it was."""
+    """Image generation reads no images: where it called a stage that was changed, it goes on with that as it was."""
     if any(c.stage == name for c in program.schedules.image.calls()):
         program.stages[f"{name}.paint"] = old
         program.schedules = program.schedules.replaced(

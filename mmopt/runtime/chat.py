@@ -39,7 +39,9 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": content}]
         request = Request(messages, images, **options)
         if request.num_beams > 1:
-            raise EngineError(f"beams is {request.num_beams}, but a conversation goes on from its one lane of the cache")
+            raise EngineError(
+                f"beams is {request.num_beams}, but a conversation goes on from its one lane of the cache"
+            )
         job = self._prepare(request, self._images)
         answering = Stream(self._turn(self.messages, messages, job), job.answer)
         return answering if stream else answering.finish()

@@ -40,7 +40,9 @@ def keep_fits(
 def within(result: Result, budget: DriftBudget, prompts: Sequence[str | Sequence[int]]) -> Result:
     """A Program that paints, with the cheapest plan that keeps a budget of drift."""
     if not result.program.schedules.image:
-        raise ValueError(f"a budget of drift is for programs that paint; {result.program.info.family} generates no images")
+        raise ValueError(
+            f"a budget of drift is for programs that paint; {result.program.info.family} generates no images"
+        )
     choice, rows = reduce_to_budget(result.program, prompts, budget)
     plan = choice.row.plan
     made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)

@@ -24,8 +24,9 @@ COMPRESS, REDUCE = "compress_visual_tokens", "reduce_flow_steps"
 
 Plan = dict[str, Any]
 
-"""``{"schema": SCHEMA, "passes": [{"name": ..., and its arguments}], ...}``; `budget` and `measured`, what was asked for and what was
-found, may stand beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program into its engines."""
+"""``{"schema": SCHEMA, "passes": [{"name": ..., and its arguments}], ...}``; `budget` and `measured`, what was asked
+for and what was found, may stand beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program
+into its engines."""
 
 
 def make_plan(passes: Sequence[dict[str, Any]], **facts: Any) -> Plan:

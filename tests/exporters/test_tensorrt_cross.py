@@ -121,7 +121,9 @@ def test_what_the_host_makes_fits_the_profiles(kind, rows):
         ids = np.where(rng.random(n) < density, 9, 1).tolist()
         check(prompt, [visible_tiles(ids, int(rng.integers(0, 3)), facts.required_cross, facts.image_id)])
         batch = [
-            visible_tiles(rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts.required_cross, facts.image_id)[-1:]
+            visible_tiles(
+                rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts.required_cross, facts.image_id
+            )[-1:]
             for _ in range(3)
         ]
         check(decode, batch[: int(rng.integers(1, 4))])

@@ -117,7 +117,11 @@ def test_chunks_begin_with_their_images():
     assert layout_prompts([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
     assert layout_prompts([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
     assert layout_prompts([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
-    assert layout_prompts([[i, 1, i, 2], [i, 3]], INFO, 1) == [Chunk(0, (0,), (1,)), Chunk(0, (1,), (2,)), Chunk(1, (2,), (3,))]
+    assert layout_prompts([[i, 1, i, 2], [i, 3]], INFO, 1) == [
+        Chunk(0, (0,), (1,)),
+        Chunk(0, (1,), (2,)),
+        Chunk(1, (2,), (3,)),
+    ]
     assert count_tokens([1, i, 2, i, 3], INFO) == 3 + 2 * 9
 
 

@@ -92,7 +92,9 @@ def test_a_program_answers_as_its_engine_does(program, engine, good, task):
     assert mine.predictions == [good.predictions[int(i)] for i in mine.ids]  # whatever is asked beside it
     assert mine.mean >= 11 / 12
     assert len(set(mine.predictions)) > 3
-    assert str(compare_scores(mine, its)).startswith("+0.0000 (95 %: +0.000 to +0.000), 0 wins and 0 losses on 12 samples")
+    assert str(compare_scores(mine, its)).startswith(
+        "+0.0000 (95 %: +0.000 to +0.000), 0 wins and 0 losses on 12 samples"
+    )
 
 
 def test_what_is_broken_scores_low(program, good, task, tmp_path):

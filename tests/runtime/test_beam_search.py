@@ -284,7 +284,10 @@ def test_images_in_the_text(words, monkeypatch):
         new = ids[:, len(prompt) :]
         steps = new.shape[1] + 1
         forced = np.pad(new.numpy(), ((0, 0), (0, 1)))
-        runs = [words.debug.generate_ids([prompt], pixels, max_new_tokens=steps, forced=f[None], logits=True) for f in forced]
+        runs = [
+            words.debug.generate_ids([prompt], pixels, max_new_tokens=steps, forced=f[None], logits=True)
+            for f in forced
+        ]
         return torch.from_numpy(np.stack([r.logits[0] for r in runs]))
 
     monkeypatch.setattr(words, "info", replace(words.info, eos_ids=tuple(likely(logits, prompt, 1, skip=2))))

@@ -158,7 +158,9 @@ def test_grouped_heads(tmp_path):
     made = Engine(export(optimize(program, check=False).program, tmp_path / "gqa"), threads=1)
     prompts = PROMPTS["ragged"][:3]
     values, logits = program_run(program, prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True)
-    run = made.debug.generate_ids(prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
+    run = made.debug.generate_ids(
+        prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True, logits=True, caches=True
+    )
     assert run.caches["key_cache.0"].shape == (3, 2, CONTEXT, 16)
     assert run.tokens == values["tokens"]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
@@ -220,7 +222,10 @@ def test_a_full_sample_beside_one_that_goes_on(engine, monkeypatch):
     together = engine.generate_batch(requests)
     assert [c.completion_tokens for c in together] == [3, 1, 30, 10]
     for request, completion in zip(requests, together, strict=True):
-        assert completion.ids == engine.debug.generate_ids([request.prompt], max_new_tokens=request.max_new_tokens).tokens[0]
+        assert (
+            completion.ids
+            == engine.debug.generate_ids([request.prompt], max_new_tokens=request.max_new_tokens).tokens[0]
+        )
 
 
 def test_prefill_of_one_lane_leaves_the_others(engine):
@@ -690,7 +695,8 @@ def test_a_directory_without_tokenizer(directory):
 
 
 def test_it_imports_no_torch():
-    code = "import mmopt.runtime.engine, sys; bad = {'torch', 'onnx', 'safetensors'} & set(sys.modules); assert not bad, bad"
+    bad = "{'torch', 'onnx', 'safetensors'} & set(sys.modules)"
+    code = f"import mmopt.runtime.engine, sys; assert not {bad}, {bad}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

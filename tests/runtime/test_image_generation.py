@@ -117,7 +117,9 @@ def test_more_prompts_than_the_batch(each, plain):
     """In groups of two: the longest prompt, alike ones and an odd one at the end."""
     plan, told = make_plan("euler", 2), []
     z = noise(5)
-    made = each.generate_images(PROMPTS, solver=plan, noise=z, trajectory=True, progress=lambda done, of: told.append((done, of)))
+    made = each.generate_images(
+        PROMPTS, solver=plan, noise=z, trajectory=True, progress=lambda done, of: told.append((done, of))
+    )
     same(made, plain.generate_images(PROMPTS, torch.from_numpy(z), plan))
     assert told == [(i, 6) for i in range(1, 7)]
     assert len(made.trajectory) == 2

@@ -369,8 +369,14 @@ BREAKS = {
     "header only": (lambda p: cut(p, 300), "cannot be read as a stored prefix"),
     "text": (lambda p: p.write_text("hello, this is no prefix"), "cannot be read as a stored prefix"),
     "a directory": (lambda p: (p.unlink(), p.mkdir()), "cannot be read as a stored prefix"),
-    "weights": (lambda p: save_file({"w": np.zeros(3)}, p), "not a stored prefix: expected an object of schema 2, found None"),
-    "odd metadata": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}), "not a stored prefix: expected an object of schema 2, found 'list'"),
+    "weights": (
+        lambda p: save_file({"w": np.zeros(3)}, p),
+        "not a stored prefix: expected an object of schema 2, found None",
+    ),
+    "odd metadata": (
+        lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}),
+        "not a stored prefix: expected an object of schema 2, found 'list'",
+    ),
     "no json": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "{"}), "cannot be read as a stored prefix"),
     "newer": (lambda p: with_metadata(p, schema=3), "not a stored prefix: expected an object of schema 2, found 3"),
     "no ids": (lambda p: with_metadata(p, ids=None), "not a stored prefix: lacks ids"),

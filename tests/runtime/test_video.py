@@ -116,7 +116,9 @@ def test_a_video_beside_an_image(line, engine):
             pixels = [torch.from_numpy(engine.image_processor(x))[None] for x in each]
             rows = torch.cat([model.module.encode_images(p) for p in pixels])
         torch.testing.assert_close(torch.from_numpy(engine.encode_images(given).numpy()), rows, **CLOSE)
-        wanted = engine.debug.generate_ids([prompt], image_embeds=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
+        wanted = engine.debug.generate_ids(
+            [prompt], image_embeds=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True
+        )
         torch.testing.assert_close(
             torch.from_numpy(wanted.logits[0][0]), plain_logits(model, rows, prompt)[-1], **CLOSE
         )

@@ -678,10 +678,10 @@ def test_wrong_use_of_the_command_line(task, tmp_path, capsys):
     given = ["optimize", EXAMPLES / "checkpoints/mplug-owl2-vqa"]
     for arguments, message in (
         (["--max-drop", "0.1", "--plot", "a.png"], "--max-drop, --plot: expected with --quality, seen without"),
-        (["--quality", task, "--plan", "x"], "--plan: expected without a search for a plan, seen with --quality"),
+        (["--quality", task, "--plan", task], "--plan: expected without a search for a plan, seen with --quality"),
         (["--drift", "0.1"], "--drift, --prompts: expected both or neither, seen one of them"),
         (["--prompts", task, "--quality", task], "--drift, --prompts: expected both or neither, seen one of them"),
-        (["--drift", "0.1", "--prompts", tmp_path / "none.txt"], "none.txt: not a readable text file"),
+        (["--drift", "0.1", "--prompts", tmp_path / "none.txt"], "none.txt' does not exist"),
         (["--drift", "0", "--prompts", task], "drift mean is 0.0, expected a finite number above 0"),
         (["--plan-out", "x"], "--plan-out: expected with --quality or --drift, seen without"),
         (["--quality", task, "--plot", "a.jpg"], "expected the name of a PNG file"),

@@ -114,7 +114,7 @@ def main() -> None:
             expected, logits = reference.answers(part, image)
             repeated = None if rows is None else np.repeat(np.asarray(rows), len(part), axis=0)
             prompts = [reference.prompt(q) for q in part]
-            made = engine.run_ids(prompts, image_rows=repeated, max_new_tokens=NEW_TOKENS, logits=True)
+            made = engine.debug.generate_ids(prompts, image_embeds=repeated, max_new_tokens=NEW_TOKENS, logits=True)
             given = [reference.text.decode([t for t in ids if t != reference.eos]) for ids in made.tokens]
             drift = max(drift, float(np.abs(np.stack([steps[0] for steps in made.logits]) - logits.numpy()).max()))
             before += zip(part, expected, strict=True)

@@ -91,7 +91,7 @@ def main() -> None:
             made = engine.generate_batch(requests)
             given += [c.text if c.finish_reason == "stop" else "" for c in made]
             pixels = np.stack([checks.images[c.image].numpy() for e in part for c in e])
-            run = engine.run_ids([reference.ids(e) for e in part], pixels, logits=True)
+            run = engine.debug.generate_ids([reference.ids(e) for e in part], pixels, logits=True)
             drift = max(drift, float(np.abs(np.stack([steps[0] for steps in run.logits]) - logits).max()))
         wanted = [e[-1].answer for e in episodes]
         was, now = (share([a == w for a, w in zip(x, wanted, strict=True)]) for x in (expected, given))
@@ -100,7 +100,7 @@ def main() -> None:
         print(f"   {n:<7}{was:>24}{now:>24}{differing:>12}{drift:>18.2e}", flush=True)
 
     print(f"\n== time to the first token of a query after {CHUNKS - 1} shots, {args.threads} threads, float32")
-    engine, forgetful = (mmopt.Engine(args.out, threads=args.threads, keep_bytes=n) for n in (1 << 28, 0))
+    engine, forgetful = (mmopt.Engine(args.out, threads=args.threads, cache_bytes=n) for n in (1 << 28, 0))
     prompt, shown = "".join(c.shot for c in shots), [c.image for c in shots]
     prefix = engine.prefix(prompt, images=shown)
 

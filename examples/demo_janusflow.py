@@ -28,7 +28,9 @@ WAYS = [("before: model", 30, "euler"), ("after: engine", 30, "euler")]  # who p
 WAYS += [("after: engine", 10, "fitted"), ("after: engine", 8, "fitted"), ("fine solution", 100, "ab2")]
 BATCH, FIT = 8, {"samples": 12, "fine": 60}  # images at once; noises to fit to (as many are held out)
 PROMPTS = digits.Prompts(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-Painted = tuple[np.ndarray, np.ndarray, float]  # pixels [n, 32, 32, 3] uint8, latents [n, 4, 8, 8], seconds of one
+GenerationCase = tuple[
+    np.ndarray, np.ndarray, float
+]  # pixels [n, 32, 32, 3] uint8, latents [n, 4, 8, 8], seconds of one
 COLUMNS, CELL, GAP, LEFT, TOP = 12, 3 * pictures.SIZE, 8, 132, 52  # of the contact sheet; all but the first in pixels
 
 
@@ -43,7 +45,7 @@ def build(out: Path, threads: int) -> tuple[Model, mmopt.Engine]:
     print(result)
     wanted, _ = digits.orders(2 * FIT["samples"], seed=5)
     ids = [PROMPTS.painting(wanted.caption(i)) for i in range(2 * FIT["samples"])]
-    fits = [mmopt.fit_flow_schedule(result.program, ids[::2], n, held_out=ids[1::2], **FIT) for _, n, _ in WAYS[2:4]]
+    fits = [mmopt.fit_flow_plan(result.program, ids[::2], n, held_out=ids[1::2], **FIT) for _, n, _ in WAYS[2:4]]
     for fit in fits:
         print(f"   {fit.plan.evaluations} steps fitted to {FIT['samples']} noises; {fit.reason}")
     program, report = ReduceFlowSteps(fitted=[fit.plan for fit in fits])(result.program)
@@ -71,9 +73,9 @@ def read(model: Model, engine: mmopt.Engine, count: int) -> int:
     return sum(a != b for pairs in hits.values() for a, b in pairs)
 
 
-def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: torch.Tensor) -> list[Painted]:
+def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: torch.Tensor) -> list[GenerationCase]:
     """The same captions and noises in all WAYS, interleaved."""
-    made: list[list[Painted]] = [[] for _ in WAYS]
+    made: list[list[GenerationCase]] = [[] for _ in WAYS]
     for start in range(0, len(noise), BATCH):
         part = slice(start, start + BATCH)
         captions = [wanted.caption(i) for i in range(len(noise))[part]]
@@ -82,13 +84,13 @@ def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: 
             if who == "before: model":
                 pixels, latents = digits.painted(model.module, PROMPTS, part_of(wanted, part), noise[part], steps)
             else:
-                painting = engine.paint(captions, steps, solver=solver, noise=noise[part].numpy())
+                painting = engine.generate_images(captions, steps=steps, solver=solver, noise=noise[part].numpy())
                 pixels, latents = levels(painting.pixels), painting.latents
             kept.append((pixels, np.asarray(latents), (time.perf_counter() - begin) / len(captions)))
     return [(np.concatenate(p), np.concatenate(z), np.median(t)) for p, z, t in (zip(*m, strict=True) for m in made)]
 
 
-def table(painted: list[Painted], wanted: pictures.Pictures) -> None:
+def table(painted: list[GenerationCase], wanted: pictures.Pictures) -> None:
     fine_pixels, fine_latents, _ = painted[-1]
     real = part_of(pictures.stored(), slice(len(fine_pixels)))
     seen = judge(real.pixels)
@@ -102,7 +104,7 @@ def table(painted: list[Painted], wanted: pictures.Pictures) -> None:
         print(f"{errors.mean():>8.4f}{np.quantile(errors, 0.9):>8.4f}{quality:>7.1f}")
 
 
-def sheet(painted: list[Painted], captions: list[str], path: Path) -> None:
+def sheet(painted: list[GenerationCase], captions: list[str], path: Path) -> None:
     """Write one row for each way but the fine solution, one column for each caption."""
     step, font, rows = CELL + GAP, ImageFont.load_default(14), len(painted) - 1
     made = Image.new("RGB", (LEFT + step * len(captions) + GAP, TOP + step * rows + GAP), "white")

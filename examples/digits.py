@@ -139,5 +139,5 @@ def painted(
     """The plain sampler on full captions -> pictures ``[n, 32, 32, 3]`` uint8 and their latents."""
     ids = [prompts.painting(wanted.caption(i)) for i in range(len(noise))]
     parts = [slice(i, i + 100) for i in range(0, len(ids), 100)]
-    latents = torch.cat([module.paint(ids[part], noise[part], steps, guidance) for part in parts])
+    latents = torch.cat([module.generate_images(ids[part], noise[part], steps, guidance) for part in parts])
     return as_uint8(torch.cat([module.decode_image(part) for part in latents.split(200)])), latents

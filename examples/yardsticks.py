@@ -134,9 +134,9 @@ def first(task: Task, limit: int | None) -> Task:
 def measure(runner: mmopt.Program | mmopt.Engine, task: Task, limit: int | None = None) -> Score:
     """Score of the first `limit` samples of a task, by way of an engine: ten times as fast as a Program on its own."""
     if isinstance(runner, mmopt.Engine):
-        return mmopt.quality(runner, first(task, limit))
+        return mmopt.evaluate(runner, first(task, limit))
     with tempfile.TemporaryDirectory() as directory:
-        return mmopt.quality(engine_of(runner, Path(directory, "engine")), first(task, limit))
+        return mmopt.evaluate(engine_of(runner, Path(directory, "engine")), first(task, limit))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from mmopt.rewrite import contracts
 from mmopt.rewrite.contracts import why_unchecked
 from mmopt.spec.manifest import Manifest
 from mmopt.spec.model_info import ModelInfo
-from mmopt.spec.prompt import LATE, LEFT_OUT
+from mmopt.spec.prompt import LATE, POSITION_DELTAS
 
 MOST_BYTES = 1 << 30  # of weights: a session holds them all
 PAST = 2  # rows in the cache before the call, where a stage has a cache
@@ -87,7 +87,7 @@ def random_values(stage: Stage, sizes: dict[str, int], info: ModelInfo, seed: in
     for name, node in stage.input_nodes().items():
         shape = [sizes[str(s)] if isinstance(s, sympy.Expr) else s for s in shape_of(node)]
         dtype = node.meta["dtype"]
-        if name in ("offset", *LEFT_OUT):
+        if name in ("offset", *POSITION_DELTAS):
             values[name] = torch.randint(0, 3, shape, generator=g)
         elif name == "past":
             values[name] = torch.full(shape, PAST, dtype=dtype)

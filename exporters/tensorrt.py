@@ -14,7 +14,7 @@ from typing import Any
 
 from mmopt.spec.manifest import Manifest, StageInfo, TensorInfo, read_directory
 from mmopt.spec.model_info import ModelInfo
-from mmopt.spec.prompt import LEFT_OUT
+from mmopt.spec.prompt import POSITION_DELTAS
 
 MOST_BYTES_TO_BUILD = 1 << 30  # of weights; a build takes about four times as much memory, a parse hardly any
 MOST_FRAMES = 8  # of a video, where the model sets no limit
@@ -102,7 +102,7 @@ def profiles(inputs: Mapping[str, TensorInfo], info: ModelInfo) -> list[dict[str
             ranges[0] |= {"B": (1, 1, batch), "N": (1, 1, images), "F": (1, 1, frames), "nt": text(context)}
     elif "past" in inputs:
         painted = []  # not by a stage that is told of rows of images left out: painting then has one of its own
-        if (flow := info.flow) and not set(LEFT_OUT) & set(inputs) and (before := context - flow.tokens) > 1:
+        if (flow := info.flow) and not set(POSITION_DELTAS) & set(inputs) and (before := context - flow.tokens) > 1:
             # A prompt of all samples, and an image after the row that tells the time (and the prompt, if fed with it).
             both, rows = (1, 2 * batch, 2 * batch), (flow.tokens,) * 3
             painted = [{"B": both, "nv": none, "nt": text(before - 1)}, {"B": both, "nv": (1, 1, before), "nt": rows}]

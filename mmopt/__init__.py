@@ -21,39 +21,45 @@ _WHERE = {
     "Pass": "mmopt.rewrite.pass_base",
     "Report": "mmopt.rewrite.pass_base",
     "ContractError": "mmopt.rewrite.contracts",
-    "replay": "mmopt.conformance.replay",
+    "verify": "mmopt.conformance.replay",
+    "default_passes": "mmopt.pipeline",
+    "CompressVisualTokens": "mmopt.passes.compress_visual_tokens",
+    "find_sites": "mmopt.pruning.apply",
     "inspect": "mmopt.ir.inspect",
     "bench": "mmopt.measure.bench",
-    "fit_flow_schedule": "mmopt.flow.fit_program",
+    "fit_flow_plan": "mmopt.flow.fit_program",
     "FlowPlan": "mmopt.spec.flow_plan",
-    "Drift": "mmopt.flow.frontier",
+    "DriftBudget": "mmopt.flow.frontier",
     "Task": "mmopt.measure.task",
-    "Quality": "mmopt.search.budget",
-    "quality": "mmopt.measure.quality",
-    "paired": "mmopt.measure.statistics",
+    "QualityBudget": "mmopt.search.budget",
+    "evaluate": "mmopt.measure.quality",
+    "compare_scores": "mmopt.measure.statistics",
 }
 __all__ = [*sorted(_WHERE), "__version__"]
 
 if TYPE_CHECKING:
-    from mmopt.conformance.replay import replay as replay
+    from mmopt.conformance.replay import verify as verify
     from mmopt.exporters.onnx import export as export
-    from mmopt.flow.fit_program import fit_flow_schedule as fit_flow_schedule
-    from mmopt.flow.frontier import Drift as Drift
+    from mmopt.flow.fit_program import fit_flow_plan as fit_flow_plan
+    from mmopt.flow.frontier import DriftBudget as DriftBudget
     from mmopt.frontend.load import from_config as from_config
     from mmopt.frontend.load import load as load
     from mmopt.frontend.trace import trace as trace
     from mmopt.ir.inspect import inspect as inspect
     from mmopt.ir.program import Program as Program
     from mmopt.measure.bench import bench as bench
-    from mmopt.measure.quality import quality as quality
-    from mmopt.measure.statistics import paired as paired
+    from mmopt.measure.quality import evaluate as evaluate
+    from mmopt.measure.statistics import compare_scores as compare_scores
     from mmopt.measure.task import Task as Task
     from mmopt.models._weight_files import CheckpointError as CheckpointError
+    from mmopt.passes.compress_visual_tokens import CompressVisualTokens as CompressVisualTokens
+    from mmopt.pipeline import default_passes as default_passes
+    from mmopt.pruning.apply import find_sites as find_sites
     from mmopt.rewrite.contracts import ContractError as ContractError
     from mmopt.rewrite.pass_base import Pass as Pass
     from mmopt.rewrite.pass_base import Report as Report
     from mmopt.runtime.engine import Engine as Engine
-    from mmopt.search.budget import Quality as Quality
+    from mmopt.search.budget import QualityBudget as QualityBudget
     from mmopt.search.optimize import optimize as optimize
     from mmopt.spec.errors import EngineError as EngineError
     from mmopt.spec.flow_plan import FlowPlan as FlowPlan

@@ -254,11 +254,11 @@ class SearchOptions:
         if self.prompts is not None:
             from mmopt.flow.fit_program import read_prompts
 
-            options, budget = {"prompts": read_prompts(self.prompts)}, mmopt.Drift(mean=self.drift)
+            options, budget = {"prompts": read_prompts(self.prompts)}, mmopt.DriftBudget(mean=self.drift)
         if self.quality is not None:
             fields = {"drop": self.max_drop, **{k: getattr(self, k) for k in ("limit", "trials", "seed", "store")}}
             fields = {k: v for k, v in fields.items() if v is not None}
-            budget = mmopt.Quality(mmopt.Task.load(self.quality), flow=budget, **fields)
+            budget = mmopt.QualityBudget(mmopt.Task.load(self.quality), flow=budget, **fields)
         return options if budget is None else options | {"budget": budget}
 
     def write(self, result: Any) -> None:
@@ -448,14 +448,14 @@ def verify(
     dtype: str = option("Compute in float32, float16 or bfloat16.", "float32"),
 ) -> None:
     """Replay recorded cases of the reference implementation; exit code 1 if anything differs."""
-    from mmopt.conformance.replay import passed, replay
+    from mmopt.conformance.replay import passed, verify
     from mmopt.conformance.table import POINTS, table
 
     at = [level.strip() for level in levels.split(",") if level.strip()]
     if not at or not set(at) <= set(POINTS):
         raise ValueError(f"--levels: expected some of {','.join(POINTS)}, seen {levels!r}")
     options = parts.load_options()
-    result = replay(checkpoint, cases, at=at, dtype=dtype, progress=output.progress, load_options=options)
+    result = verify(checkpoint, cases, at=at, dtype=dtype, progress=output.progress, load_options=options)
     output.show(result, table(result))
     if not passed(result):
         raise FailedError
@@ -479,7 +479,7 @@ def run(
     length_penalty: float = option("Beams: scores are divided by length to this power.", 1.0),
     prefix: Path | None = option("Go on from a stored beginning of the prompt (`mmopt prefix`)."),
 ) -> None:
-    """Answer one question about images with an exported engine."""
+    """RequestState one question about images with an exported engine."""
     loaded = options.open(engine, output)
     request: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
@@ -498,7 +498,7 @@ def run(
 
 
 @command(app, "generate-image")
-def generate_image(
+def generate_images(
     options: EngineOptions,
     output: Output,
     engine: Path = ENGINE,
@@ -514,11 +514,11 @@ def generate_image(
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"OUT: expected the name of an image, .png, .jpg or .webp, seen {out}")
     loaded = options.open(engine, output)
-    made = loaded.paint([prompt] * n, steps, guidance, seed, solver, progress=output.count("step"))
+    made = loaded.generate_images(prompt, n, steps, guidance, seed, solver, progress=output.count("step"))
     files = [out] if n == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, n + 1)]
-    for file, image in zip(files, made.images(), strict=True):
+    for file, image in zip(files, made.pictures, strict=True):
         write_whole(file, image.save)
-    name, nfe, forwards = made.plan.name, made.plan.evaluations, made.plan.passes
+    name, nfe, forwards = made.plan.name, made.plan.evaluations, made.plan.forwards
     facts = {"files": [str(f) for f in files], "plan": name, "nfe": nfe, "forwards": forwards}
     output.show(facts, f"wrote {', '.join(map(str, files))} ({name}, {nfe} steps, {forwards} forwards)")
 
@@ -589,11 +589,11 @@ def bench_images(
     prompt_lengths: str = option("Tokens of the prompts, with commas.", "32,128"),
 ) -> None:
     """Time the generation of one image, from prompt to pixels."""
-    from mmopt.measure.bench_generation import bench_painting as measure
-    from mmopt.measure.tables import painting_text
+    from mmopt.measure.bench_generation import bench_generation as measure
+    from mmopt.measure.tables import generation_text
 
     lengths = numbers("--prompt-lengths", prompt_lengths)
-    timing.run(model, output, functools.partial(measure, rounds=rounds, lengths=lengths), painting_text)
+    timing.run(model, output, functools.partial(measure, rounds=rounds, lengths=lengths), generation_text)
 
 
 @command(bench, "quality")
@@ -620,7 +620,7 @@ def bench_quality(
         torch.set_num_threads(threads)
         loaded = ModelOptions(checkpoint=model, dtype=dtype, **vars(parts)).load(output)
         runner = Sizes(1, max(len(s.images) for s in questions.samples), context).trace(loaded, output)
-    score = mmopt.quality(runner, questions, limit, progress=output.count("sample"))
+    score = mmopt.evaluate(runner, questions, limit, progress=output.count("sample"))
     output.show(score.to_json(), str(score))
 
 

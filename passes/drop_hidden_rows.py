@@ -57,7 +57,7 @@ class DropHiddenRows(Pass):
         """None if one call feeds the prompt, others go on from it, and all that is read of its rows are the caches."""
         calls = [c for c in program.schedules.image.calls() if c.stage == name]
         if program.schedules.image and not calls and mask == "seen":
-            return None  # it paints no images, and texts see all slots
+            return None  # it generates no images, and texts see all slots
         ahead = [c for c in calls if c.source("past") == "prompt.begin"]
         after = [c for c in calls if c.source("past") == "prompt.past"]
         found = row_inputs(stage)

@@ -21,7 +21,7 @@ from mmopt.rewrite.loops import why_not_local
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.rewrite.row_parts import works_along
 from mmopt.rewrite.split_stage import Split, split_stage
-from mmopt.spec.cross_mask import PER_CALL
+from mmopt.spec.cross_mask import CROSS_INPUTS
 from mmopt.spec.schedule import Call, Cat, Loop, table_of
 
 NO_PRODUCT = "every product in it depends on what the loop changes"
@@ -75,7 +75,7 @@ class HoistInvariants(Pass):
 
     def hoist(self, program: Program, loop: Loop, report: Report) -> tuple[list[Call], Loop]:
         """Calls to make once before the loop, and the loop. Stages of `program` are replaced."""
-        written = {c.target(o) for c in loop.body for o in program.stages[c.stage].outputs} | set(PER_CALL)
+        written = {c.target(o) for c in loop.body for o in program.stages[c.stage].outputs} | set(CROSS_INPUTS)
         before: list[Call] = []
         for call in loop.body:
             stage = program.stages[call.stage]
@@ -93,7 +93,7 @@ class HoistInvariants(Pass):
 
 def never_written(program: Program, name: str, inside: list[Call]) -> set[str]:
     """Inputs of a stage that all its calls read from one value, which no call inside a loop writes."""
-    written = {c.target(o) for c in inside for o in program.stages[c.stage].outputs} | set(PER_CALL)
+    written = {c.target(o) for c in inside for o in program.stages[c.stage].outputs} | set(CROSS_INPUTS)
     fixed = set()
     for i in program.stages[name].inputs:
         read = {v for c in inside if c.stage == name for v in c.sources(i)}

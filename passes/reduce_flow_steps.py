@@ -47,8 +47,8 @@ class ReduceFlowSteps(Pass):
             return program
         made.info = replace(made.info, flow=replace(flow, plan=after, plans=plans))
         report.did(
-            f"painting: {after.evaluations} evaluations, {after.passes} passes, by {after.name}; "
-            f"before {before.evaluations}, {before.passes}, by {before.name}"
+            f"painting: {after.evaluations} evaluations, {after.forwards} passes, by {after.name}; "
+            f"before {before.evaluations}, {before.forwards}, by {before.name}"
         )
         return made
 

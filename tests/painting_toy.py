@@ -165,8 +165,8 @@ def repaint(program, change=None, after=()):
     return made
 
 
-def painting_text(program) -> str:
-    """The painting schedule alone."""
+def generation_text(program) -> str:
+    """The image schedule alone."""
     text = program_text({}, program.schedules)
     return text[text.index("painting:") :].rstrip()
 
@@ -175,7 +175,9 @@ def same_pictures(before, after, lengths) -> None:
     """Two programs paint the same of prompts of so many ids each."""
     prompts = [list(range(1, n + 1)) for n in lengths]
     noise = torch.randn(len(prompts), 2, 8, 8, generator=torch.Generator().manual_seed(len(lengths)))
-    torch.testing.assert_close(after.paint(prompts, noise), before.paint(prompts, noise), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        after.generate_images(prompts, noise), before.generate_images(prompts, noise), atol=1e-5, rtol=1e-5
+    )
 
 
 def same_answers(before, after) -> None:

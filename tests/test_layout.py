@@ -72,7 +72,7 @@ def test_wheel_runs_an_engine_without_torch(wheel, tmp_path):
 import json, mmopt, numpy as np
 engine = mmopt.Engine("engine")
 pixels = np.linspace(-1, 1, 3 * 56 * 56, dtype=np.float32).reshape(1, 3, 56, 56)
-made = engine.run_ids([[1, 5, -200, 7, 8]], pixel_values=pixels, max_new_tokens=4)
+made = engine.debug.generate_ids([[1, 5, -200, 7, 8]], pixel_values=pixels, max_new_tokens=4)
 assert "torch" not in sys.modules and "onnx" not in sys.modules
 try:
     mmopt.load("x")

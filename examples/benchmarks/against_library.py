@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import mmopt
 from mmopt.measure.head import conditions_text, head
 from mmopt.report import number
-from mmopt.spec.cross_mask import masks, visible
+from mmopt.spec.cross_mask import masks, visible_tiles
 from mmopt.spec.files import save_json
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         theirs = library_model(model, Path(out) / "checkpoint")
         ids, inputs, tiles = draw(engine, args.images, args.text)
         seen, _, _ = masks(
-            visible(ids, args.images, engine.info.required_cross, engine.info.image_id, tiles=tiles),
+            visible_tiles(ids, args.images, engine.info.required_cross, engine.info.image_id, tiles=tiles),
             args.images * engine.info.cross.tiles,
         )
         given = {k: torch.from_numpy(x)[None] for k, x in inputs.items()}
@@ -92,7 +92,7 @@ def main() -> None:
         rest = {k: x for k, x in inputs.items() if k != "pixel_values"}
 
         def ours(new: int) -> list[int]:
-            return engine.run_ids(
+            return engine.debug.generate_ids(
                 [ids], inputs["pixel_values"], image_inputs=rest, tiles=tiles, max_new_tokens=new, ignore_eos=True
             ).tokens[0]
 

@@ -53,7 +53,7 @@ NOTES = (
     "first token: encoding an image and reading it with its text; decode: one token more; image generation: one image. "
     "FLOP: counted (`mmopt.inspect`). Times: medians; least: the minimum. x: paired, the median of the rounds' ratios, "
     "to nothing (all) and to the step above (own).",
-    "Drift of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
+    "DriftBudget of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
 )
 
 
@@ -87,9 +87,9 @@ class Step:
         if paint:
             plan, noise = plan_of(None, self.program.info), draw_noise(1, info, 0)
             ids = np.random.default_rng(0).integers(3, info.vocab_size, PROMPT).tolist()
-            self.calls[PAINT] = partial(engine.paint, [ids], solver=plan, noise=noise)
+            self.calls[PAINT] = partial(engine.generate_images, [ids], solver=plan, noise=noise)
             self.painted = torch.from_numpy(self.calls[PAINT]().latents)
-            counted = {"prompt_length": PROMPT, "steps": plan.passes // 2}
+            counted = {"prompt_length": PROMPT, "steps": plan.forwards // 2}
         totals = inspect(self.program, batch=1, images=1, new_tokens=1, **counted)["totals"]
         flops = {"encode": totals["encode_flops_per_image"], "prefill": totals["prefill_flops"]}
         flops |= {FIRST: sum(flops.values()), DECODE: totals["decode_flops_per_token"]}

@@ -133,7 +133,7 @@ class Results:
             other = self.row(Way(site, baseline, 1.0 if baseline == FULL else row["keep_ratio"])) or row
             if other is row or name not in other.get("tasks", {}) or baseline in own["over"] or row["method"] == BLIND:
                 continue
-            d = mmopt.paired(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
+            d = mmopt.compare_scores(self.score(name, own["right"]), self.score(name, other["tasks"][name]["right"]))
             own["over"][baseline] = vars(d) | {"interval": list(d.interval)}
 
     def score(self, task: str, right: str) -> Score:
@@ -152,7 +152,7 @@ def scored(engine: mmopt.Engine, tasks: Mapping[str, Task], grey: Callable[[Task
     """What a row holds of each task; right: a 1 or a 0 for each sample."""
     made = {}
     for name, task in tasks.items():
-        s = mmopt.quality(engine, grey(task))
+        s = mmopt.evaluate(engine, grey(task))
         right = "".join(f"{x:.0f}" for x in s.scores)
         made[name] = {"mean": s.mean, "interval": s.interval, "seconds": s.seconds, "right": right, "over": {}}
     return made
@@ -173,7 +173,7 @@ class FirstToken:
         if self.decoder.takes_frames:
             self.pixels = self.pixels[:, None]
         self.counts = [len(s.images) for s in samples]
-        asked = [[{"role": "user", "content": engine.with_markers(s.prompt, s.images)}] for s in samples]
+        asked = [[{"role": "user", "content": engine._with_markers(s.prompt, s.images)}] for s in samples]
         self.ids = [engine.text.encode(engine.template.render(a)) for a in asked]
 
     def __call__(self) -> list[np.ndarray]:

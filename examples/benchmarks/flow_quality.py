@@ -94,7 +94,7 @@ def main() -> None:
         latents = truth if plan is None else solve(plan, velocity, noise.numpy())[-1]
         pictures, errors = shown(latents), relative_errors(latents, truth)
         verdict = judge(pictures)
-        row = {"plan": name, "nfe": 2 * a.fine if plan is None else plan.passes}
+        row = {"plan": name, "forwards": 2 * a.fine if plan is None else plan.forwards}
         row |= {"drift": float(errors.mean()), "p90": float(np.quantile(errors, 0.9))}
         decibels = psnr(normalised(pictures), normalised(real)).clamp(max=99)  # infinite for equal pictures
         row |= {"psnr": float(decibels.mean()), "frechet": frechet(verdict.features)}

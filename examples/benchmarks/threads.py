@@ -50,7 +50,7 @@ def calls_of(directory: Path, threads: int, spin: bool) -> dict[str, Callable[[]
     made = {"first token": first, "decode": lambda: stages.run("decode")}
     if engine.info.flow:
         ids = list(range(3, 35))
-        made["image generation, 2 steps"] = lambda: engine.paint([ids], steps=2, seed=0)
+        made["image generation, 2 steps"] = lambda: engine.generate_images([ids], steps=2, seed=0)
     return made
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmopt.spec.cross_mask import Seen, Sight, masks
+from mmopt.spec.cross_mask import CrossMask, VisibleTiles, masks
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import Samples
 from mmopt.spec.model_info import Cross, Flow
@@ -46,11 +46,11 @@ class Case:
     means: dict[str, str] = field(default_factory=dict)  # recorded name -> name used here
     eos_ids: tuple[int, ...] = ()
     left_padding: bool = False  # the reference masks left padding rightly
-    sights: Sights | None = None
+    sights: CrossMasks | None = None
     fed: Tensor | None = None  # [B, n] ids that are fed after the prompt
     run: Callable[[Any], dict[str, Tensor]] | None = None  # instead of a prompt: module -> outputs by name used here
     alone: Callable[[Any], Any] | None = None  # see `mmopt.models._family.Recording`, for this file's tensors
-    painting: Painted | None = None  # instead of a prompt
+    generation: GenerationCase | None = None  # instead of a prompt
     settings: dict[str, Any] = field(default_factory=dict)  # what was said of it: `mmopt.models._family.Cases.about`
 
     @property
@@ -139,7 +139,7 @@ class Case:
 
 
 @dataclass
-class Sights:
+class CrossMasks:
     """The images of each prompt and what its rows see.
 
     rows: for each prompt what its rows see, as follows from its ids. given: the same as the case says, where that is
@@ -152,34 +152,34 @@ class Sights:
     inputs: dict[str, Tensor]
     tiles: list[int] | None
     before: list[int]
-    rows: list[list[Seen]]
-    after: list[Sight]
-    given: list[list[Seen]] | None = None
+    rows: list[list[VisibleTiles]]
+    after: list[CrossMask]
+    given: list[list[VisibleTiles]] | None = None
 
     @property
     def blocks(self) -> int:
-        """Blocks of the sample with most images."""
+        """TileView of the sample with most images."""
         return max(self.images) * self.cross.tiles
 
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of a call of a Program."""
-        made: dict[str, Any] = {"images": self.images, "before": self.before, "tiles": self.tiles}
+        made: dict[str, Any] = {"images": self.images, "num_previous_images": self.before, "tiles": self.tiles}
         return made | {"image_inputs": self.inputs or None}
 
-    def last(self) -> list[Sight]:
+    def last(self) -> list[CrossMask]:
         """Fresh sights, to go on after the prompts."""
         made = [copy.copy(s) for s in self.after]
         for sight, rows in zip(made, self.given or self.rows, strict=True):
             sight.now = rows[-1]
         return made
 
-    def feed(self, ids: Tensor) -> list[list[Seen]]:
+    def feed(self, ids: Tensor) -> list[list[VisibleTiles]]:
         """What ids ``[B, n]`` see that are fed one by one, as the reference has it.
 
         There a marker in one sample makes the others lose their images; in `mmopt.spec.cross_mask` samples do not touch.
         """
-        sights, rows = self.last(), [[] for _ in self.images]  # type: list[Sight], list[list[Seen]]
+        sights, rows = self.last(), [[] for _ in self.images]  # type: list[CrossMask], list[list[VisibleTiles]]
         for column in ids.T.tolist():
             if self.cross.marker_resets and self.image_id in column:
                 for s in sights:
@@ -193,28 +193,28 @@ class Sights:
         alone = [[s.decode(t) for t in row] for s, row in zip(self.last(), ids.tolist(), strict=True)]
         return same(alone, self.feed(ids), self.blocks)
 
-    def reread(self, ids: Tensor) -> list[list[Seen]]:
+    def reread(self, ids: Tensor) -> list[list[VisibleTiles]]:
         """What ids ``[B, n]`` see if they are read as the end of the prompts, without a cache."""
         if not self.cross.marker_resets:  # the reference hands the last row of a mask on
             return self.feed(ids)
         return [s.read(row) for s, row in zip(self.last(), ids.tolist(), strict=True)]
 
-    def time(self, rows: Sequence[Seen]) -> list[int]:
+    def time(self, rows: Sequence[VisibleTiles]) -> list[int]:
         """The number of the image that each row sees; 0 for none, one more than there are for a marker without."""
         blocks, beyond = self.cross.tiles, max(self.images) + 1
         return [0 if r is None else r[0] // blocks + 1 if r else beyond for r in rows]
 
 
-def same(a: Sequence[Sequence[Seen]], b: Sequence[Sequence[Seen]], blocks: int) -> bool:
+def same(a: Sequence[Sequence[VisibleTiles]], b: Sequence[Sequence[VisibleTiles]], blocks: int) -> bool:
     pairs = zip((masks(r, blocks) for r in a), (masks(r, blocks) for r in b), strict=True)
     return all(np.array_equal(x, y) for m, n in pairs for x, y in zip(m, n, strict=True))
 
 
 @dataclass
-class Painted:
+class GenerationCase:
     """What was painted. prompts: of each image, the last id gives way to the time. noise ``[G, c, h, w]``.
 
-    plan: the reference's steps. samples: the rows as the reference lays them out. flow: see `read_painted`.
+    plan: the reference's steps. samples: the rows as the reference lays them out. flow: see `read_generation`.
     """
 
     prompts: list[list[int]]

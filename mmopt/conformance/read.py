@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmopt.conformance.case import Case
 from mmopt.conformance.read_cross import read_apart
-from mmopt.conformance.read_generation import read_painted
+from mmopt.conformance.read_generation import read_generation
 from mmopt.conformance.read_inline import read_among
 from mmopt.models._family import Cases, Recording
 from mmopt.spec.model_info import Cross, Flow
@@ -89,7 +89,7 @@ def read_cases(
             case = Case(name, outputs, {}, means=means, left_padding=layout.left_padding)
             case.settings = _said(path, layout)
             if "in.paint.noise" in given:
-                read_painted(case, given, flow)
+                read_generation(case, given, flow)
             elif recording.run is not None:
                 case.run = _bound(recording.run, given, outputs, means)
                 case.alone = _bound(recording.alone, given, outputs, means) if recording.alone else None

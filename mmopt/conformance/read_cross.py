@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmopt.conformance.case import Sights, same
-from mmopt.spec.cross_mask import Before, Seen, Sight, masks
+from mmopt.conformance.case import CrossMasks, same
+from mmopt.spec.cross_mask import Before, CrossMask, VisibleTiles, masks
 from mmopt.spec.model_info import Cross
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def read_apart(
     case.sights = read_sights(case, given, cross, image_id, tiles)
 
 
-def read_sights(case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, tiles_name: str | None) -> Sights:
+def read_sights(
+    case: Case, given: dict[str, Tensor], cross: Cross, image_id: int, tiles_name: str | None
+) -> CrossMasks:
     name, prompts, valid, pixels = case.name, case.prompts, case.valid, case.pixel_values
     batch, count = len(prompts), 0 if pixels is None else len(pixels) // len(prompts)
     inputs = {k.removeprefix("in.image."): x.flatten(0, 1) for k, x in given.items() if k.startswith("in.image.")}
@@ -62,22 +64,22 @@ def read_sights(case: Case, given: dict[str, Tensor], cross: Cross, image_id: in
     after, rows = [], []
     for b, prompt in enumerate(prompts):
         own = None if tiles is None else tiles[b * count : (b + 1) * count]
-        after.append(Sight(cross, image_id, count, own, before[b]))
+        after.append(CrossMask(cross, image_id, count, own, before[b]))
         rows.append(after[-1].read(prompt))
-    sights = Sights(cross, image_id, [count] * batch, inputs, tiles, before, rows, after)
+    sights = CrossMasks(cross, image_id, [count] * batch, inputs, tiles, before, rows, after)
     if (seen := given.get("in.seen")) is not None:
         seen = seen.flatten(2)
         if seen.shape != (*valid.shape, sights.blocks):
             wanted = (*valid.shape, sights.blocks)
             raise ValueError(f"{name}: expected a mask of images of shape {wanted}, found {tuple(seen.shape)}")
-        nothing: Seen = Before(range(sights.blocks)) if cross.leading_text == "all_images" else None
+        nothing: VisibleTiles = Before(range(sights.blocks)) if cross.leading_text == "all_images" else None
         said = [[tuple(row.nonzero().flatten().tolist()) or nothing for row in seen[b, valid[b]]] for b in range(batch)]
         if not same(said, rows, sights.blocks):
             sights.given = said
     return sights
 
 
-def tensors(samples: Sequence[Sequence[Seen]], valid: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(samples: Sequence[Sequence[VisibleTiles]], valid: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """seen ``[B, S, blocks]``, attends ``[B, S]`` and sees ``[B, S]``; rows of padding (not valid) see nothing."""
     seen = torch.zeros(*valid.shape, max(1, blocks), dtype=torch.bool)
     attends, sees = torch.zeros_like(valid), torch.zeros_like(valid)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from mmopt.conformance.case import Painted
+from mmopt.conformance.case import GenerationCase
 from mmopt.spec.flow_sampler import lay_out
 from mmopt.spec.model_info import Flow
 from mmopt.spec.solvers import make_plan
@@ -39,16 +39,16 @@ WHOLE = ("times", "interval", "latents", "seen", "prefix", "decoder_latents", "i
 REASONS = (  # the first that fits: (points, values, reason)
     ("model", "", "the model made no such value from these inputs"),
     ("optimized engine", "seen", "rows that are hidden are left out of the prompt"),
-    ("program optimized engine", "", "an internal value, not visible at this point"),
+    ("program optimized engine", "", "an internal value, not visible_tiles at this point"),
 )
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
-def read_painted(case: Case, given: dict[str, Tensor], given_flow: tuple[Flow, int] | None) -> None:
+def read_generation(case: Case, given: dict[str, Tensor], given_flow: tuple[Flow, int] | None) -> None:
     """Make a case a painting. given_flow: of the model, and its vocabulary's size. Raises ValueError."""
     name, noise = case.name, given["in.paint.noise"]
     if given_flow is None:
-        raise ValueError(f"{name}: it is a painting, but this model paints no images")
+        raise ValueError(f"{name}: it is a painting, but this model generates no images")
     flow, vocab_size = given_flow
     if noise.dim() != 4 or tuple(noise.shape[1:]) != tuple(flow.latents) or not len(noise):
         wanted = ", ".join(map(str, flow.latents))
@@ -60,7 +60,7 @@ def read_painted(case: Case, given: dict[str, Tensor], given_flow: tuple[Flow, i
         raise ValueError(f"{name}: {e}") from e
     plan = make_plan("euler", _steps(case), guidance=_guidance(case))
     plan = replace(plan, guided=np.ones(plan.evaluations, bool))  # the reference makes both passes whatever the weight
-    case.painting = Painted(prompts, noise.float(), plan, samples, flow)
+    case.generation = GenerationCase(prompts, noise.float(), plan, samples, flow)
 
 
 def _prompts(case: Case, given: dict[str, Tensor], count: int) -> list[list[int]]:
@@ -134,9 +134,9 @@ def allowance(case: Case, mean: str) -> float:
 
     A family's tolerance is meant for w = 2, where that is 3; states and pictures show it beyond w = 5 only.
     """
-    if case.painting is None:
+    if case.generation is None:
         return 1.0
-    grown = abs(case.painting.plan.guidance) + abs(case.painting.plan.guidance - 1)
+    grown = abs(case.generation.plan.guidance) + abs(case.generation.plan.guidance - 1)
     value = parts(mean)[1]
     if value == "velocity.guided":
         return max(1.0, grown / 3)
@@ -156,7 +156,7 @@ def why_not(point: str, mean: str, decodes: bool) -> str:
 def guided(case: Case) -> dict[str, str]:
     """Recorded velocities that guidance made -> why they are not judged in half precision."""
     why = "guidance multiplies the rounding of its two parts, which are compared"
-    return {k: why for k in case.outputs if case.painting and parts(case.mean(k))[1] == "velocity.guided"}
+    return {k: why for k in case.outputs if case.generation and parts(case.mean(k))[1] == "velocity.guided"}
 
 
 def left_out(case: Case, point: str, name: str) -> tuple[str, str] | None:

@@ -43,7 +43,7 @@ NOT_COMPARED = (  # the first reason that fits stands in the report: (points, ou
     ("program optimized engine", r"out\.prepare\.(?!inputs_embeds)", "there is no such tensor: prompts are not padded"),
     ("optimized engine", r"out\.loss", "needs the logits of all rows"),
     ("engine", r"out\.(prepare\.inputs_embeds|hidden\.0)$", "no image rows in it, and an engine shows no others"),
-    ("program optimized engine", r"", "an internal value, not visible at this point"),
+    ("program optimized engine", r"", "an internal value, not visible_tiles at this point"),
 )
 RECORDED = (
     r"out\.(prepare\.(inputs_embeds|position_ids|modality_indicators|attention_mask|labels)|logits|loss|hidden\.0|kv_cache\.\d+\.(key|value)"
@@ -52,7 +52,7 @@ RECORDED = (
 )
 
 
-def replay(
+def verify(
     checkpoint: str | Path,
     cases: Iterable[str | Path],
     at: Sequence[str] = POINTS,
@@ -116,7 +116,7 @@ class Line:
         self.images = max((n for each in counts for n in each), default=1)
         more = [max(c.steps - 1, 0) + (0 if c.fed is None else c.fed.shape[1]) for c in prompts]
         self.context = max((int(c.valid.sum(1).max()) + n for c, n in zip(prompts, more, strict=True)), default=1)
-        for painting in (c.painting for c in cases if c.painting):
+        for painting in (c.generation for c in cases if c.generation):
             self.batch = max(self.batch, len(painting.prompts))
             self.context = max(self.context, painting.rows)
         self.made: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def _replay_one(line: Line, point: str, case: Case) -> tuple[list[dict], list[di
             left_out[f"{k}, after a sample's end"] = "the reference fills a sample up while others go on"
         elif is_zeroed(case.mean(k), layout.zeroed):
             left_out[f"{k}, rows that see no image"] = "they are zeros already where this value can be had"
-        elif case.painting and (found := painted.left_out(case, point, k)):
+        elif case.generation and (found := painted.left_out(case, point, k)):
             left_out[found[0]] = found[1]
     if case.padded and pairs:
         left_out["padding rows"] = "no one reads them: only real rows are compared"
@@ -204,7 +204,7 @@ def _run(line: Line, point: str, case: Case, forced: bool) -> Pairs:
     if point == "model":
         return at_model(line.model, case, forced) | preprocessed(line.model.processing["image"], case)
     made = line.point(point)
-    if case.painting:
+    if case.generation:
         return repainting.at_point(point, made[0] if point == "engine" else made, case)
     if point == "engine":
         engine, settings = made
@@ -250,7 +250,7 @@ def _why_not(model: Model, point: str, case: Case, recorded: str) -> str:
     layout, name = cases_of(model), case.mean(recorded)
     if name in layout.unread:
         return layout.unread[name]
-    if case.painting:
+    if case.generation:
         return painted.why_not(point, name, "decode_image" in model.family.stages(model.module, 1))
     if case.run is not None and point != "model":
         return "no Program is made of what these inputs go through"

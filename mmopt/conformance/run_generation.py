@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmopt.conformance.case import Painted
+from mmopt.conformance.case import GenerationCase
 from mmopt.conformance.read_generation import AT_STEPS, parts
 from mmopt.spec.flow_sampler import Samples, lay_out, levels
 
@@ -66,7 +66,7 @@ def at_model(model: Model, case: Case) -> Pairs:
             watch.keep(name, made[name], step)
 
     watch.keep("prompt.text", module.embed(torch.from_numpy(painting.samples.ids)), 0)
-    z = module.paint(painting.prompts, painting.noise, steps, painting.plan.guidance, observe)
+    z = module.generate_images(painting.prompts, painting.noise, steps, painting.plan.guidance, observe)
     whole = {"latents": torch.stack(latents), "times": torch.cat(times), "seen": painting.seen}
     if "decode_image" in model.family.stages(module, 1):
         whole["image"] = module.decode_image(z)
@@ -77,7 +77,7 @@ def at_model(model: Model, case: Case) -> Pairs:
 def at_program(program: Program, case: Case) -> Pairs:
     painting = _of(case)
     watch = Watch(painting.plan.evaluations)
-    made = program.paint(painting.prompts, painting.noise, painting.plan, watch)
+    made = program.generate_images(painting.prompts, painting.noise, painting.plan, watch)
     samples = lay_out(painting.prompts, program.info.required_flow, program.info.context, program.info.vocab_size)
     seen = None if program.info.required_flow.compact else painting.seen
     whole = {"latents": made["trajectory"], "image": made.get("image"), "seen": seen}
@@ -89,13 +89,13 @@ def at_program(program: Program, case: Case) -> Pairs:
 def at_engine(engine: Any, case: Case) -> Pairs:
     painting = _of(case)
     watch = Watch(painting.plan.evaluations)
-    made = engine.paint(
+    made = engine.generate_images(
         painting.prompts, solver=painting.plan, noise=painting.noise.numpy(), trajectory=True, observe=watch
     )
     whole = {"latents": torch.from_numpy(np.stack(made.trajectory))}
     if made.pixels is not None:
         whole["image"] = torch.from_numpy(made.pixels)
-        whole["levels"] = torch.from_numpy(np.stack([np.asarray(i) for i in made.images()]))
+        whole["levels"] = torch.from_numpy(np.stack([np.asarray(i) for i in made.pictures]))
     return lay_beside(
         case,
         watch,
@@ -104,9 +104,9 @@ def at_engine(engine: Any, case: Case) -> Pairs:
     )
 
 
-def _of(case: Case) -> Painted:
-    assert case.painting is not None
-    return case.painting
+def _of(case: Case) -> GenerationCase:
+    assert case.generation is not None
+    return case.generation
 
 
 # ------------------------------------------------------------------------------------------------- laying side by side
@@ -132,7 +132,7 @@ def lay_beside(case: Case, watch: Watch, whole: dict[str, Tensor | None], sample
     return pairs
 
 
-def _at_step(painting: Painted, watch: Watch, value: str, trip: int) -> Tensor | None:
+def _at_step(painting: GenerationCase, watch: Watch, value: str, trip: int) -> Tensor | None:
     kind, _, part = value.partition(".")
     made = watch.made.get(kind, {}).get(trip)
     if made is None or not part:
@@ -142,7 +142,7 @@ def _at_step(painting: Painted, watch: Watch, value: str, trip: int) -> Tensor |
     return {"cond": cond, "uncond": uncond, "guided": weight * cond - (weight - 1) * uncond}[part]
 
 
-def _pair(painting: Painted, value: str, ours: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(painting: GenerationCase, value: str, ours: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Values that both halves of the guidance share stand for both; rows that are hidden are left out."""
     if value in ("skip", "tokens") and len(wanted) == 2 * len(ours):
         ours = torch.cat([ours, ours])
@@ -152,7 +152,7 @@ def _pair(painting: Painted, value: str, ours: Tensor, wanted: Tensor) -> tuple[
     return ours, wanted
 
 
-def _prompt_rows(painting: Painted, text: Tensor, samples: Samples) -> Tensor:
+def _prompt_rows(painting: GenerationCase, text: Tensor, samples: Samples) -> Tensor:
     """The rows of the prompts that are seen, of rows as a point lays them out."""
     length = torch.from_numpy(samples.end - samples.begin)[:, None]
     return text[torch.from_numpy(samples.seen)[:, : text.shape[1]] & (torch.arange(text.shape[1]) < length)]

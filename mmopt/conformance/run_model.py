@@ -18,7 +18,7 @@ from mmopt.conformance.read_cross import tensors
 from mmopt.conformance.run_program import Pairs, Run, lay_beside
 from mmopt.frontend.load import Model
 from mmopt.models._family import Cases
-from mmopt.spec.cross_mask import Seen
+from mmopt.spec.cross_mask import VisibleTiles
 
 
 def cases_of(model: Model) -> Cases:
@@ -53,7 +53,7 @@ def at_model(model: Model, case: Case, forced: bool) -> Pairs:
         if case.run is not None:
             made = case.run(model.module)
             return {k: (made[case.mean(k)], x) for k, x in case.outputs.items() if case.mean(k) in made}
-        if case.painting is not None:
+        if case.generation is not None:
             pairs = repainting.at_model(model, case)
             return pairs | taps.pairs()
         text = Apart(model, case) if case.sights else Among(model, case)
@@ -139,12 +139,12 @@ class Apart:
             rows = model.module.encode_images(**inputs)  # type: ignore[operator]
             self.media = rows.reshape(batch, blocks, *rows.shape[2:])
 
-    def rows_of(self, more: list[list[Seen]] | None = None) -> list[list[Seen]]:
+    def rows_of(self, more: list[list[VisibleTiles]] | None = None) -> list[list[VisibleTiles]]:
         """What the rows of the prompts see, and then `more`: by the case's own mask if it has one."""
         rows = self.sights.given or self.sights.rows
         return rows if more is None else [a + b for a, b in zip(rows, more, strict=True)]
 
-    def run(self, fed: Tensor, rows: list[list[Seen]]) -> Tensor:
+    def run(self, fed: Tensor, rows: list[list[VisibleTiles]]) -> Tensor:
         """Logits of the prompts with the ids `fed` after them ``[B, S + n, vocab]``."""
         valid = F.pad(self.case.valid, (0, fed.shape[1]), value=True)
         seen, attends, sees = tensors(rows, valid, self.sights.blocks)
@@ -166,7 +166,7 @@ class Apart:
             if case.markers_made:
                 run.steps_nocache, run.ids_nocache = self.greedy(forced, self.sights.reread)
 
-    def greedy(self, forced: bool, follow: Callable[[Tensor], list[list[Seen]]]) -> tuple[Tensor, Tensor]:
+    def greedy(self, forced: bool, follow: Callable[[Tensor], list[list[VisibleTiles]]]) -> tuple[Tensor, Tensor]:
         """Greedy decoding without a cache; `follow` says what the new ids see."""
         recorded = self.case.greedy_ids if forced else None
         fed, steps, ids = self.case.ids[:, :0], [], []
@@ -187,7 +187,7 @@ class Taps:
         for taps in (self.cases.vision_taps, self.cases.input_taps, self.cases.language_taps):
             for name in case.outputs:
                 path = tapped(case.mean(name), taps)
-                of_images = taps is not self.cases.language_taps and not case.painting
+                of_images = taps is not self.cases.language_taps and not case.generation
                 if path is None or (of_images and case.pixel_values is None):
                     continue
                 try:

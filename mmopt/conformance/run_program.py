@@ -97,7 +97,7 @@ def at_engine(engine: Any, case: Case, forced: bool, values: Values) -> Pairs:
     call = dict(case.sights.call) if case.sights else {}
     if case.sights:
         call["image_inputs"] = {k: x.numpy() for k, x in case.sights.inputs.items()}
-    made = engine.run_ids(
+    made = engine.debug.generate_ids(
         case.prompts,
         None if case.used_pixels is None else case.used_pixels.numpy(),
         max_new_tokens=max(trips, 1),
@@ -108,7 +108,7 @@ def at_engine(engine: Any, case: Case, forced: bool, values: Values) -> Pairs:
         **call,
     )
     run = Run(logits=[torch.from_numpy(x[:1]) for x in made.logits])
-    run.image_rows = None if made.image_rows is None else torch.from_numpy(made.image_rows.numpy())
+    run.image_rows = None if made.image_embeds is None else torch.from_numpy(made.image_embeds.numpy())
     run.caches = run.final_caches = {k: torch.from_numpy(v) for k, v in made.caches.items()}
     if trips:
         keep_steps(case, run, torch.from_numpy(np.stack(made.logits)), made.tokens)

@@ -59,7 +59,7 @@ class FitResult:
 
     def __str__(self) -> str:
         """What was taken and why, and the errors of each group."""
-        lines = [f"{self.plan.name}, {self.plan.evaluations} evaluations, {self.plan.passes} passes: {self.reason}"]
+        lines = [f"{self.plan.name}, {self.plan.evaluations} evaluations, {self.plan.forwards} passes: {self.reason}"]
         for solver, groups in self.errors.items():
             found = ", ".join(f"{k} {e['mean']:.4f} ({e['p90']:.4f})" for k, e in groups.items())
             gap = groups["held_out"]["mean"] - groups["train"]["mean"]
@@ -123,7 +123,7 @@ def fit_plan(
         return _fit_rows(counted, noises, nodes, w, guided, fine, ~held, ridges, robust)
 
     grid, best = _search(fit, trials)
-    passes = best.plan.passes
+    passes = best.plan.forwards
     base = make_plan("ab2", max(1, passes // 2) if w != 1 else steps, w)
     euler = make_plan("euler", base.evaluations, w)
     results = {"fitted": best.result} | {p.name: solve(p, counted, noises)[-1] for p in (base, euler)}

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from mmopt.flow.fit import FitResult, fit_plan, summary
-from mmopt.flow.frontier import Choice, Drift, Row, search
+from mmopt.flow.frontier import Choice, DriftBudget, Row, search
 from mmopt.flow.polish import polish_plan
 from mmopt.flow.reference import reference, relative_errors
 from mmopt.flow.velocity import ProgramVelocity, TensorVelocity
 from mmopt.ir.program import Program
 from mmopt.processing.chat_template import ChatTemplate
-from mmopt.processing.tokenizer import TextProcessor, painting_ids
+from mmopt.processing.tokenizer import TextProcessor, image_prompt_ids
 from mmopt.spec.flow_plan import FlowPlan, Velocity, solve
 from mmopt.spec.flow_sampler import draw_noise
 from mmopt.spec.solvers import make_plan
@@ -24,10 +24,10 @@ from mmopt.spec.solvers import make_plan
 SAMPLES = 48  # images that a plan is fitted to, and as many again to check it on
 
 
-def fit_flow_schedule(
+def fit_flow_plan(
     program: Program,
     prompts: Sequence[str | Sequence[int]],
-    nfe: int,
+    steps: int,
     guidance: float | None = None,
     samples: int = SAMPLES,
     held_out: Sequence[str | Sequence[int]] | Mapping[str, Sequence[str | Sequence[int]]] | None = None,
@@ -38,7 +38,7 @@ def fit_flow_schedule(
     polish: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Fit a solver of `nfe` evaluations to what a program paints of prompts of one form (`mmopt.flow.fit`).
+    """Fit a solver of `steps` evaluations to what a program paints of prompts of one form (`mmopt.flow.fit`).
 
     prompts: texts, or ids with one more for the place of the picture; `samples` noises are drawn for them in turn, and
     as many again, of other noises, for `held_out` (by default the same prompts) to check the plan on. If that maps
@@ -55,7 +55,7 @@ def fit_flow_schedule(
     truth = reference(velocity, noise, weight, fine)
     forms = [name for name in (form, *named) for _ in range(samples)] if isinstance(held_out, Mapping) else None
     fit = fit_plan(
-        velocity, noise, nfe, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
+        velocity, noise, steps, weight, held_out=[i >= samples for i in range(len(noise))], trials=trials, truth=truth,
         forms=forms, model=str(program.info.family), form=form,
     )  # fmt: skip
     fit = dataclasses.replace(fit, evaluations=fit.evaluations + fine * len(noise))
@@ -134,13 +134,13 @@ def ids_of(program: Program, prompts: Sequence[str | Sequence[int]]) -> list[lis
         raise ValueError(f"{path}: no such file, so prompts must be lists of ids")
     chat = ChatTemplate.from_json(info.processing.chat)
     text = TextProcessor.of_model(path, info, chat)
-    return [painting_ids(text, chat, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    return [image_prompt_ids(text, chat, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
 
 
 def reduce_to_budget(
     program: Program,
     prompts: Sequence[str | Sequence[int]],
-    budget: Drift,
+    budget: DriftBudget,
     steps: Sequence[int] = (5, 6, 7, 8, 9, 10, 12, 16, 20, 30),
     guidance: float | None = None,
     samples: int = 16,
@@ -156,7 +156,7 @@ def reduce_to_budget(
 
     def plans() -> Iterator[FlowPlan]:
         for n in sorted(steps):
-            yield fit_flow_schedule(program, prompts, n, weight, max(8, samples), seed=seed, fine=fine).plan
+            yield fit_flow_plan(program, prompts, n, weight, max(8, samples), seed=seed, fine=fine).plan
             yield make_plan("ab2", n, weight)
 
     return search(velocity, noise, plans(), reference(velocity, noise, weight, fine), budget)

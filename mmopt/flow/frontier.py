@@ -41,12 +41,12 @@ class Row:
         return self.plan.evaluations
 
     @property
-    def passes(self) -> int:
-        return self.plan.passes
+    def forwards(self) -> int:
+        return self.plan.forwards
 
     def to_json(self) -> dict[str, Any]:
         keys = ("solver", "evaluations", "mean", "p90", "seconds")
-        return {k: getattr(self, k) for k in keys} | {"nfe": self.passes, "guidance": self.plan.guidance}
+        return {k: getattr(self, k) for k in keys} | {"forwards": self.forwards, "guidance": self.plan.guidance}
 
 
 def measure(velocity: Velocity, noises: np.ndarray, plan: FlowPlan, truth: np.ndarray, timed: bool = False) -> Row:
@@ -78,7 +78,7 @@ def frontier(
         if solver not in SOLVERS:
             raise ValueError(f"solver {solver!r} is not known; there are {', '.join(SOLVERS)}")
     made = [make_plan(s, n, guidance) for s in solvers for n in steps if n % SOLVERS[s][0] == 0]
-    return [measure(velocity, noises, p, truth, timed) for p in sorted([*made, *plans], key=lambda p: p.passes)]
+    return [measure(velocity, noises, p, truth, timed) for p in sorted([*made, *plans], key=lambda p: p.forwards)]
 
 
 def _results(reference: Reference | np.ndarray, noises: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def _results(reference: Reference | np.ndarray, noises: np.ndarray) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftBudget:
     """A budget: the largest mean and 90th percentile of relative errors that are accepted. At least one is given."""
 
     mean: float | None = None
@@ -118,7 +118,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def cheapest(rows: Iterable[Row], budget: Drift) -> Choice:
+def cheapest(rows: Iterable[Row], budget: DriftBudget) -> Choice:
     """The row with the fewest passes, then the least time, then the least error, that keeps the budget.
 
     If none does, the one that comes nearest, `met` false and the reason. Raises ValueError without rows.
@@ -127,14 +127,18 @@ def cheapest(rows: Iterable[Row], budget: Drift) -> Choice:
         raise ValueError("there are no plans to choose from")
     kept = [r for r in rows if budget.excess(r) <= 1]
     if kept:
-        row = min(kept, key=lambda r: (r.passes, math.inf if r.seconds is None else r.seconds, budget.excess(r)))
-        return Choice(row, True, f"{_words(row)} keeps drift {budget} with the fewest passes, {row.passes}")
-    row = min(rows, key=lambda r: (budget.excess(r), r.passes))
+        row = min(kept, key=lambda r: (r.forwards, math.inf if r.seconds is None else r.seconds, budget.excess(r)))
+        return Choice(row, True, f"{_words(row)} keeps drift {budget} with the fewest passes, {row.forwards}")
+    row = min(rows, key=lambda r: (budget.excess(r), r.forwards))
     return Choice(row, False, f"none of {len(rows)} plans keeps drift {budget}; the nearest is {_words(row)}")
 
 
 def search(
-    velocity: Velocity, noises: np.ndarray, plans: Iterable[FlowPlan], reference: Reference | np.ndarray, budget: Drift
+    velocity: Velocity,
+    noises: np.ndarray,
+    plans: Iterable[FlowPlan],
+    reference: Reference | np.ndarray,
+    budget: DriftBudget,
 ) -> tuple[Choice, list[Row]]:
     """Measures plans one by one and stops where the budget is kept: give them from few passes to many.
 
@@ -155,7 +159,9 @@ def _words(row: Row) -> str:
 def undominated(rows: Sequence[Row]) -> list[Row]:
     """The rows that no other beats: none has a smaller mean error at no more passes, or fewer passes at no more."""
     better = [
-        any(o.passes <= r.passes and o.mean <= r.mean and (o.passes, o.mean) != (r.passes, r.mean) for o in rows)
+        any(
+            o.forwards <= r.forwards and o.mean <= r.mean and (o.forwards, o.mean) != (r.forwards, r.mean) for o in rows
+        )
         for r in rows
     ]
     return [r for r, beaten in zip(rows, better, strict=True) if not beaten]
@@ -170,7 +176,7 @@ def frontier_text(rows: Sequence[Row]) -> str:
     for r in rows:
         seconds = [] if not timed else ["" if r.seconds is None else f"{r.seconds:.3f}"]
         star = "*" if id(r) in best else ""
-        table.add_row(r.solver, str(r.evaluations), str(r.passes), f"{r.mean:.4f}", f"{r.p90:.4f}", *seconds, star)
+        table.add_row(r.solver, str(r.evaluations), str(r.forwards), f"{r.mean:.4f}", f"{r.p90:.4f}", *seconds, star)
     console.print(table)
     console.print("errors: distance to a fine solution from the same noise, relative to its size, over the samples")
     return file.getvalue()
@@ -194,10 +200,10 @@ def frontier_plot(rows: Sequence[Row], path: str | Path) -> None:
     figure = png_figure(path, (6.4, 4.4))
     axes = figure.subplots()
     for solver in dict.fromkeys(r.solver for r in rows):
-        own = sorted((r for r in rows if r.solver == solver), key=lambda r: r.passes)
-        axes.plot([r.passes for r in own], [r.mean for r in own], marker="o", markersize=4, label=solver)
-    best = sorted(undominated(rows), key=lambda r: r.passes)
-    axes.plot([r.passes for r in best], [r.mean for r in best], color="0.7", linewidth=4, zorder=0, label="best")
+        own = sorted((r for r in rows if r.solver == solver), key=lambda r: r.forwards)
+        axes.plot([r.forwards for r in own], [r.mean for r in own], marker="o", markersize=4, label=solver)
+    best = sorted(undominated(rows), key=lambda r: r.forwards)
+    axes.plot([r.forwards for r in best], [r.mean for r in best], color="0.7", linewidth=4, zorder=0, label="best")
     axes.set(xlabel="passes of a sample through the network", ylabel="mean relative error", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -31,10 +31,10 @@ class ProgramVelocity:
         progress: Callable[[int], None] | None = None,
     ):
         if not program.schedules.image:
-            raise ValueError(f"{program.info.family} paints no images")
+            raise ValueError(f"{program.info.family} generates no images")
         if not program.has_weights:
             raise ValueError("this Program has shapes only, no weights: nothing can be fitted to it")
-        self.program, self.passes, self.progress = program, 0, progress
+        self.program, self.forwards, self.progress = program, 0, progress
         self.groups = [Group(program, prompts[i : i + together]) for i in range(0, len(prompts), together)]
         self.count = len(prompts)
 
@@ -46,9 +46,9 @@ class ProgramVelocity:
             part = torch.from_numpy(np.ascontiguousarray(x[start : start + group.count], np.float32))
             made.append(group(part, t, guided))
             start += group.count
-        self.passes += 2 if guided else 1
+        self.forwards += 2 if guided else 1
         if self.progress:
-            self.progress(self.passes)
+            self.progress(self.forwards)
         cond = np.concatenate([c.numpy() for c, _ in made])
         return cond, np.concatenate([u.numpy() for _, u in made if u is not None]) if guided else None
 
@@ -77,7 +77,7 @@ class Group:
             lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size),
             make_plan("euler", 1),
         )
-        self.painter = program.painter(samples, nothing, gradients=gradients)
+        self.painter = program.flow_sampler(samples, nothing, gradients=gradients)
         place = next(i for i, item in enumerate(program.schedules.image) if isinstance(item, Loop))
         loop, before = program.schedules.image[place], program.schedules.image[:place]
         assert isinstance(loop, Loop)
@@ -100,13 +100,13 @@ class Group:
         return self.velocity_at(x, torch.tensor(t), guided)
 
     def velocity_at(self, x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        painter = self.painter
-        painter.values |= {"steps.time": (t.double() * self.scale).float()[None], "latents": x}
+        sampler = self.painter
+        sampler.values |= {"steps.time": (t.double() * self.scale).float()[None], "latents": x}
         for call in self.timed:
-            painter.call(call)
-        painter.lanes = self.count * (2 if guided else 1)
+            sampler.call(call)
+        sampler.lanes = self.count * (2 if guided else 1)
         for call in self.body:
-            painter.call(call)
-        painter.lanes = 2 * self.count
-        velocity = painter.values[self.velocity]
+            sampler.call(call)
+        sampler.lanes = 2 * self.count
+        velocity = sampler.values[self.velocity]
         return velocity[: self.count], velocity[self.count :] if guided else None

@@ -12,12 +12,12 @@ from mmopt.frontend.load import Model
 from mmopt.ir.capture import StageSpec, TensorSpec, trace_stage
 from mmopt.ir.program import Program, Source
 from mmopt.ir.stage import Stage
-from mmopt.spec.cross_mask import PER_CALL
+from mmopt.spec.cross_mask import CROSS_INPUTS
 from mmopt.spec.model_info import ModelInfo, Processing
 from mmopt.spec.schedule import Call, Cat, Loop, Schedule, Schedules
 
 # What the host makes for each call of the language model, or once for all of them (media); all else is carried.
-GIVEN = {"visual", "text", "media", "offset", *PER_CALL}
+GIVEN = {"visual", "text", "media", "offset", *CROSS_INPUTS}
 
 PAINTING = ("flow_time", "flow_encode", "flow_decode", "decode_image")  # stages that text does not need
 

@@ -21,9 +21,9 @@ from mmopt.ir.printer import op_name, program_text
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage, live_constants
 from mmopt.report import number, pass_text
-from mmopt.spec.cross_mask import Sight, segments
+from mmopt.spec.cross_mask import CrossMask, segments
 from mmopt.spec.model_info import ModelInfo
-from mmopt.spec.prompt import Chunk, plan
+from mmopt.spec.prompt import Chunk, layout_prompts
 from mmopt.spec.schedule import Call
 
 LEADING, TEXT = 8, 63  # text rows of the typical prompt before its images, and in all
@@ -33,7 +33,7 @@ SHOT = 20  # text rows of each image, its marker among them, where images lie ou
 CONVENTIONS = (
     "A multiply-add is 2 FLOPs; linear, convolution and attention products are counted, nothing else.",
     "The head is counted (tied too); embedding look-ups cost 0 FLOPs and read the rows looked up.",
-    "Attention is counted dense where a dense mask runs, by visible pairs where causality is known.",
+    "Attention is counted dense where a dense mask runs, by visible_tiles pairs where causality is known.",
     "A weight is read once in a call in which its node has rows; branches that a selection discards run, and count.",
     "What depends on weights alone is computed before run time: 0 FLOPs, and the bytes of the result that is read.",
     "flops, weight_bytes and cache_bytes are those of one trip of a call; totals per token are those of the first new "
@@ -88,7 +88,7 @@ def inspect(
     prompt = typical_prompt(info, info.images)
     rows = len(prompt) + info.images * (info.tokens_per_image - 1)
     new_tokens = max(1, min(new_tokens, info.context - rows + 1))
-    chunks = plan([prompt] * info.batch, info, new_tokens)
+    chunks = layout_prompts([prompt] * info.batch, info, new_tokens)
     calls = _calls(program, info, chunks, rows, new_tokens)
     conventions = [*CONVENTIONS, _prompt_text(info, prompt, rows)]
     room = program.info.context - info.required_flow.tokens if program.schedules.image else 0
@@ -148,7 +148,7 @@ def _calls(program: Program, info: ModelInfo, chunks: list[Chunk], past: int, ne
     cross = info.cross
     blocks = max(1, info.images) * cross.tiles if cross else 0
 
-    def seen(sight: Sight | None, ids: Sequence[int] = ()) -> dict[str, int]:
+    def seen(sight: CrossMask | None, ids: Sequence[int] = ()) -> dict[str, int]:
         """Sizes of the segments of one sample's prompt, or of one further token of each sample."""
         if sight is None or cross is None:
             return {}
@@ -169,7 +169,7 @@ def _calls(program: Program, info: ModelInfo, chunks: list[Chunk], past: int, ne
                 add([item], 1, {"N": batch * info.images, "F": 1, "B": batch, "nb": blocks}, 0)
         elif item.over:
             phase, before = "prefill", 0
-            sight = Sight(cross, info.image_id, info.images) if cross else None
+            sight = CrossMask(cross, info.image_id, info.images) if cross else None
             for c in (c for c in chunks if c.sample == 0):
                 sizes = {"B": 1, "nv": 0 if cross else len(c.images) * image_rows, "nt": len(c.ids), "n": 1}
                 sizes |= seen(sight, c.ids) | {"n": sizes["nv"] + sizes["nt"]}

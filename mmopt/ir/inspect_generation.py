@@ -1,4 +1,4 @@
-"""What a painting schedule costs, counted on shapes: one image of a prompt, by the reference's number of steps."""
+"""What a image schedule costs, counted on shapes: one image of a prompt, by the reference's number of steps."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mmopt.ir.graph import shape_of, torch_dtype
 from mmopt.ir.stage import Stage
-from mmopt.spec.cross_mask import Seen, Sight, gather, seen_inputs, segment_inputs, segments
+from mmopt.spec.cross_mask import CrossMask, VisibleTiles, gather, seen_inputs, segment_inputs, segments
 from mmopt.spec.model_info import ModelInfo
-from mmopt.spec.prompt import Chunk, plan, told_of_images
+from mmopt.spec.prompt import Chunk, layout_prompts, position_deltas
 from mmopt.spec.schedule import Call, Loop
 
 Observer = Callable[[str, Call, dict[str, Tensor], Chunk | None], None]
@@ -44,7 +44,7 @@ class Interpreter:
         tiles: list[int] | None,
     ) -> dict[str, Any]:
         """See `Program.__call__`."""
-        chunks = plan(prompts, self.info, max_new_tokens, images)
+        chunks = layout_prompts(prompts, self.info, max_new_tokens, images)
         wanted = sum(len(c.images) for c in chunks)
         given = 0 if pixel_values is None else len(pixel_values)
         if wanted > given:
@@ -98,7 +98,7 @@ class Interpreter:
         width = self.info.image_embed_width
         before = values["images_read"][lane].clone()
         values["images_read"][lane] += len(chunk.images)
-        told = told_of_images(before, values["images_read"][lane].clone(), self.info)
+        told = position_deltas(before, values["images_read"][lane].clone(), self.info)
         local |= {f"chunk.{k}": v for k, v in told.items()}
         if media:
             local |= media.of_chunk(chunk, values)
@@ -126,7 +126,7 @@ class Interpreter:
         self, loop: Loop, values: dict, tokens: list, trips: int, forced, ignore_eos: bool, observe, media: Media | None
     ) -> None:
         width = self.info.image_embed_width
-        values |= told_of_images(values["images_read"], values["images_read"], self.info)
+        values |= position_deltas(values["images_read"], values["images_read"], self.info)
         batch = values["logits"].shape[0]
         values["no_visual"] = torch.zeros(batch, 0, width, dtype=torch_dtype(self.info))
         ended = torch.zeros(batch, 1, dtype=torch.bool)
@@ -186,7 +186,9 @@ class Media:
         for b, c in enumerate(chunks):
             counted = None if tiles is None else [tiles[i] for i in c.images]
             self.sights.append(
-                Sight(self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0)
+                CrossMask(
+                    self.info.required_cross, self.info.image_id, len(c.images), counted, before[b] if before else 0
+                )
             )
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
         self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
@@ -223,7 +225,7 @@ class Media:
             raise ValueError("a sample that sees none of its images beside samples with another number: run them apart")
         return self._seen(rows, {k: values[k] for k in self.apart if k in values}, counts)
 
-    def _seen(self, rows: list[list[Seen]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
+    def _seen(self, rows: list[list[VisibleTiles]], apart: dict[str, Tensor], counts: list[int]) -> dict[str, Any]:
         given = seen_inputs(rows, apart["media"].shape[1])
         if not self.segmented:
             return {k: torch.from_numpy(x) for k, x in given.items()}

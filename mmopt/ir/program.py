@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmopt.ir.flow_interpreter import paint, torch_painter
+from mmopt.ir.flow_interpreter import flow_sampler, generate_images
 from mmopt.ir.graph import torch_dtype
 from mmopt.ir.interpreter import Interpreter, as_frames
 from mmopt.ir.printer import program_text
 from mmopt.ir.stage import Stage
 from mmopt.spec.flow_plan import FlowPlan
-from mmopt.spec.flow_sampler import Painter, Samples
+from mmopt.spec.flow_sampler import FlowSampler, Samples
 from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.prompt import Chunk
 from mmopt.spec.schedule import Call, Schedules
@@ -79,7 +79,7 @@ class Program:
         observe: Callable[[str, Call, dict[str, Tensor], Chunk | None], None] | None = None,
         images: list[int] | None = None,
         image_inputs: dict[str, Tensor] | None = None,
-        before: list[int] | None = None,
+        num_previous_images: list[int] | None = None,
         tiles: list[int] | None = None,
     ) -> dict[str, Any]:
         """Run the schedule: prompts are token ids with the image id where an image stands, images in order.
@@ -88,17 +88,26 @@ class Program:
         Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
         them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
         `image_inputs`: what the image stages take beside pixel_values. Where images lie outside the text: `images` of
-        each prompt, if not as many as its markers; `tiles` of each image that count; markers `before` each prompt.
+        each prompt, if not as many as its markers; `tiles` of each image that count; `num_previous_images`: markers before each prompt.
         """
         self._needs_weights()
         interpreter = Interpreter(
             self.stages, self.schedules.text, self.weights, self.state, self.info, bool(self.schedules.image)
         )
         return interpreter.run(
-            prompts, pixel_values, max_new_tokens, forced, ignore_eos, observe, images, image_inputs, before, tiles
+            prompts,
+            pixel_values,
+            max_new_tokens,
+            forced,
+            ignore_eos,
+            observe,
+            images,
+            image_inputs,
+            num_previous_images,
+            tiles,
         )
 
-    def paint(
+    def generate_images(
         self,
         prompts: list[list[int]],
         noise: Tensor,
@@ -112,16 +121,16 @@ class Program:
         ``trajectory``: the latents after each evaluation.
         """
         if not self.schedules.image:
-            raise ValueError(f"{self.info.family} paints no images")
+            raise ValueError(f"{self.info.family} generates no images")
         self._needs_weights()
-        return paint(partial(self.painter, observe=observe), self.info, prompts, noise, plan)
+        return generate_images(partial(self.flow_sampler, observe=observe), self.info, prompts, noise, plan)
 
-    def painter(
+    def flow_sampler(
         self, samples: Samples, plan: FlowPlan, trips: Any = None, observe: Any = None, gradients: bool = False
-    ) -> Painter:
-        """What runs the painting schedule on samples; `gradients` as in `Stage.run`, `trips` as in `Painter`."""
+    ) -> FlowSampler:
+        """What runs the image schedule on samples; `gradients` as in `Stage.run`, `trips` as in `FlowSampler`."""
         own = (self.stages, self.schedules.image, self.weights, self.state, self.info)
-        return torch_painter(*own, samples, plan, trips, observe, gradients)
+        return flow_sampler(*own, samples, plan, trips, observe, gradients)
 
     def as_frames(self, pixel_values: Tensor) -> Tensor:
         """Images as videos of one frame, if the image stages take videos. ValueError if there are too many frames."""

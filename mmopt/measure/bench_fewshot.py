@@ -33,7 +33,7 @@ from mmopt.runtime.images import Image
 from mmopt.runtime.kv_cache import Cache
 from mmopt.runtime.lru_cache import Store
 from mmopt.runtime.request import Request
-from mmopt.spec.cross_mask import seen_inputs, visible
+from mmopt.spec.cross_mask import seen_inputs, visible_tiles
 
 ENGINES = {
     "passes off": "engine of the Program as traced: K and V of all images in each call, one mask over all of them",
@@ -100,7 +100,7 @@ class _Bench:
         for name, program in self.programs.items():
             tell(f"exporting, {name}")
             path = export(program, directory / name.replace(" ", "-"), check=False)
-            self.engines[name] = Engine(path, provider="cpu", threads=threads, keep_bytes=4 << 30)
+            self.engines[name] = Engine(path, provider="cpu", threads=threads, cache_bytes=4 << 30)
         self.info = self.plain.info
         random = np.random.default_rng(0)
         size = self.engines["passes on"].decoder.pixels.sizes()
@@ -159,8 +159,12 @@ class _Bench:
             for x, (shape, kind) in self.plain.state.items()
         }
         tiles = [i.tiles for i in self.ready["passes off"][: k + 1]]
-        seen = visible(
-            self.text[:n], k + 1, info.required_cross, info.image_id, tiles=None if tiles[0] is None else tiles
+        seen = visible_tiles(
+            self.text[:n],
+            k + 1,
+            info.required_cross,
+            info.image_id,
+            tiles=None if tiles[0] is None else [int(t) for t in tiles if t],
         )  # type: ignore[arg-type]
         embed, language = self.plain.stages["embed"], self.plain.stages["language_model"]
         for stage, ids, visible_rows, past in (

@@ -49,7 +49,7 @@ NOTES = (
 )  # fmt: skip
 
 
-def bench_painting(
+def bench_generation(
     model: Model,
     lengths: Sequence[int] = (32, 128),
     rounds: int = 5,
@@ -104,12 +104,12 @@ class _Bench:
             for name, plan in self.plans.items():
                 tell(f"{stage}: {name}")
                 engine = engines.get(name, engines["exact passes"])
-                call = partial(engine.paint, [prompt], solver=plan, noise=noise)
+                call = partial(engine.generate_images, [prompt], solver=plan, noise=noise)
                 self.calls[stage, name] = call
                 made[name] = call().latents
             if eager:
                 tell(f"{stage}: eager")
-                again = partial(plain.paint, [prompt], torch.from_numpy(noise), euler)
+                again = partial(plain.generate_images, [prompt], torch.from_numpy(noise), euler)
                 self.calls[stage, "eager"] = again
                 made["eager"] = again()["latents"].numpy()
             self.compare(stage, made)
@@ -134,9 +134,9 @@ class _Bench:
             "sizes": {
                 "family": self.info.family,
                 "parameters": sum(p.numel() for p in self.model.module.parameters()),
-                "tokens_per_image": self.info.flow.tokens,
+                "tokens_per_image": self.info.required_flow.tokens,
                 "rounds": rounds,
-                "plans": {k: {"name": p.name, "nfe": p.passes} for k, p in self.plans.items()},
+                "plans": {k: {"name": p.name, "forwards": p.forwards} for k, p in self.plans.items()},
             },
             "rows": [{"stage": s, "variant": n, **spread(t)} for (s, n), t in times.items()],
             "ratios": self.ratios(times),

@@ -58,7 +58,7 @@ class Cost:
 def count(program: Program) -> Cost:
     """Cost of a program, counted on shapes as `mmopt.inspect` does; without an image if none fits the context."""
     info = program.info
-    steps = plan_of(None, info).evaluations if program.painting else None
+    steps = plan_of(None, info).evaluations if program.schedules.image else None
     images = min(1, info.images)
     try:
         found = inspect(program, batch=1, images=images, new_tokens=NEW_TOKENS, steps=steps)

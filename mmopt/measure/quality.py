@@ -40,7 +40,7 @@ class _ProgramReader(Engine):
             self._text = TextProcessor.of_model(Path(folder, name), self.info, self.template) if name else None
 
     def ask(self, sample: Sample) -> str:
-        ids = self._render([{"role": "user", "content": self.with_markers(sample.prompt, sample.images)}])
+        ids = self._render([{"role": "user", "content": self._with_markers(sample.prompt, sample.images)}])
         self._count_images(ids, len(sample.images))
         given: dict[str, Any] = {"max_new_tokens": sample.max_new_tokens}
         if sample.images:
@@ -50,7 +50,7 @@ class _ProgramReader(Engine):
         return self.text.decode(self.program([ids], **given)["tokens"][0])
 
 
-def quality(
+def evaluate(
     runner: Engine | Program, task: Task, limit: int | None = None, seed: int = 0, batch: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> Score:  # fmt: skip

@@ -92,7 +92,7 @@ class Difference:
         return f"{mean}, {self.wins} wins and {self.losses} losses on {self.samples} samples{p}"
 
 
-def paired(a: Score, b: Score, draws: int = 10000, seed: int = 0) -> Difference:
+def compare_scores(a: Score, b: Score, draws: int = 10000, seed: int = 0) -> Difference:
     """How much better `a` is than `b`. Raises ValueError unless both are of the same samples, scored alike."""
     if a.metric != b.metric:
         raise ValueError(f"scores by {a.metric} and by {b.metric} cannot be paired")

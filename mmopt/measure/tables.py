@@ -84,8 +84,8 @@ def fewshot_text(result: dict[str, Any]) -> str:
     return file.getvalue()
 
 
-def painting_text(result: dict[str, Any]) -> str:
-    """What `mmopt.measure.bench_generation.bench_painting` returned, for people."""
+def generation_text(result: dict[str, Any]) -> str:
+    """What `mmopt.measure.bench_generation.bench_generation` returned, for people."""
     sizes, limits = result["sizes"], result["limits"]
     console, file = _begin(result)
     console.print(
@@ -101,7 +101,7 @@ def painting_text(result: dict[str, Any]) -> str:
         found = [result["ratios"][r["stage"]][f"{r['variant']} over {b}"] for b in baselines]
         ratios = [_ratio(f[k]) for f in found for k in ("minima", "paired_median")]
         spread = [f"{r[k]:.0f}" for k in ("min_ms", "median_ms", "p75_ms")]
-        cells = [r["stage"], r["variant"], plan["name"], str(plan["nfe"]), *spread, *ratios]
+        cells = [r["stage"], r["variant"], plan["name"], str(plan["forwards"]), *spread, *ratios]
         times.add_row(*cells, end_section=after["stage"] != r["stage"])
     console.print(times)
     console.print(

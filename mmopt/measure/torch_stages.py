@@ -14,7 +14,7 @@ from mmopt.ir.op_rules import rule_of
 from mmopt.ir.program import Program
 from mmopt.measure.baselines import Shared, torch_stage
 from mmopt.measure.variants import STAGES, Inputs
-from mmopt.spec.prompt import told_of_images
+from mmopt.spec.prompt import position_deltas
 
 
 @dataclass
@@ -75,7 +75,7 @@ class TorchStages:
         rows, ids, past, leading = chunk
         width, dtype = program.info.image_embed_width, program.dtype
         before, after = int(past > 0 and not rows), int(past > 0 or rows > 0)  # a prompt of one image, then a token
-        told = told_of_images(before, after, program.info)
+        told = position_deltas(before, after, program.info)
         fixed: dict[str, Any] = {
             "ids": torch.tensor([ids], device=self.device),
             "past": torch.tensor([past], device=self.device),

@@ -75,7 +75,7 @@ class Family:
     chat: dict[str, Any]  # fields of ChatTemplate
     cases: Cases | Callable[[Any], Cases]  # or made for a config
     cross: Callable[[Any], Cross] | None = None  # None: images lie among the rows of the text
-    flow: Callable[[Any], Flow] | None = None  # None: the family paints no images
+    flow: Callable[[Any], Flow] | None = None  # None: the family generates no images
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
     full_precision: str | None = None  # regular expression: keys of weights that are never float16
     weight_key: str | None = None  # regular expression: a key of weights that come without a config.json

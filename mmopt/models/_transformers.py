@@ -256,7 +256,7 @@ class LanguageModel(nn.Module):
         return logits, past + text.shape[1], keys, values
 
 
-class WithSight(LanguageModel):
+class WithMask(LanguageModel):
     def forward(self, text, media, seen, attends, past, key_cache, value_cache):
         return self.run(text, media, (seen, attends, None), past, key_cache, value_cache)
 
@@ -287,5 +287,5 @@ def text_stages(
     outputs = ["logits", "past", "key_cache", "value_cache"]
     return {
         "embed": StageSpec(Part(model, embed, *dict(model.named_children())), ids, ["text"]),
-        "language_model": StageSpec((WithSees if sees else WithSight)(model, capacity), inputs, outputs),
+        "language_model": StageSpec((WithSees if sees else WithMask)(model, capacity), inputs, outputs),
     }

@@ -197,7 +197,7 @@ class JanusFlow(nn.Module):
             raise ValueError(NO_VAE)
         return self.vae.image_of(latents)
 
-    def paint(
+    def generate_images(
         self,
         prompts: list[list[int]],
         noise: Tensor,

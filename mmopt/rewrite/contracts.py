@@ -183,12 +183,12 @@ def compare(before: Program, after: Program, seed: int = 0) -> Difference | None
         paints = (
             before.schedules.image and before.info.context - before.info.required_flow.tokens >= 2
         )  # else no image fits
-        if paints and (wrong := compare_painting(before, after, weights, size, seed)):
+        if paints and (wrong := compare_generation(before, after, weights, size, seed)):
             return wrong
     return None
 
 
-def compare_painting(
+def compare_generation(
     before: Program, after: Program, weights: dict[str, Tensor], size: int, seed: int
 ) -> Difference | None:
     """The first difference of a velocity or the image, over two guided steps and one that is not.
@@ -215,7 +215,7 @@ def compare_painting(
                     node = run.stages[call.stage].output_nodes()[name]
                     found.append((call.stage, name, node.name, made[name].clone()))
 
-        run.paint(prompts, noise, plan, observe)
+        run.generate_images(prompts, noise, plan, observe)
         values.append(found)
     for (_, _, _, expected), (stage, name, node, value) in zip(*values, strict=True):
         if wrong := difference(expected, value, before.dtype):

@@ -1,4 +1,4 @@
-"""What passes ask about the loops of a painting schedule."""
+"""What passes ask about the loops of a image schedule."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmopt.runtime.decoder import Decoder, Job
+from mmopt.runtime.decoder import Decoder, LiveSequence
 from mmopt.runtime.kv_cache import Cache, restore
-from mmopt.runtime.request import Answer, Completion
+from mmopt.runtime.request import Completion, RequestState
 from mmopt.spec.errors import EngineError
-from mmopt.spec.prompt import told_of_images
+from mmopt.spec.prompt import position_deltas
 
 Step = Callable[[Sequence[int], Sequence[int]], np.ndarray]
 
@@ -100,25 +100,25 @@ def largest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- with an engine
-def answer(decoder: Decoder, job: Job) -> Completion:
+def answer(decoder: Decoder, job: LiveSequence) -> Completion:
     """The best answer to a request with beams; `Completion.hypotheses` are all of them."""
     asked, r = job.answer, job.answer.request
-    with decoder.cache(r.beams) as cache:
+    with decoder.cache(r.num_beams) as cache:
         if job.prefix is not None:
             restore(cache, 0, job.prefix)
         first = decoder.prefill(cache, 0, job.ids, job.images, job.before)
-        late = told_of_images(cache.images[0], cache.images[0], decoder.info)["left_out_late"]
+        late = position_deltas(cache.images[0], cache.images[0], decoder.info)["cache_delta"]
         prompt = int(cache.past[0] - late)  # from there on at least one layer holds more than the prompt
-        follow(cache, [0] * r.beams, 0)
+        follow(cache, [0] * r.num_beams, 0)
 
         def step(ids: Sequence[int], parents: Sequence[int]) -> np.ndarray:
             follow(cache, parents, prompt)
             return decoder.decode(cache, ids, [True] * len(ids))
 
-        found = search(first, step, r.beams, asked.limit, asked.eos_ids, r.length_penalty, r.early_stopping)
+        found = search(first, step, r.num_beams, asked.limit, asked.eos_ids, r.length_penalty, r.early_stopping)
     made = []
     for h in found:
-        one = Answer(r, asked.limit, asked.eos_ids, asked.text, prompt_rows=asked.prompt_rows)
+        one = RequestState(r, asked.limit, asked.eos_ids, asked.text, prompt_rows=asked.prompt_rows)
         for token, logprob in zip(h.ids, h.logprobs, strict=True):
             one.add(token, logprob)
         made.append(replace(one.completion(), score=h.score))

@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from mmopt.runtime.decoder import Decoder, Job
-from mmopt.runtime.images import Image, View
+from mmopt.runtime.decoder import Decoder, LiveSequence
+from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.kv_cache import Cache
 from mmopt.runtime.request import Completion, Request, Stream
 from mmopt.spec.errors import EngineError
-from mmopt.spec.prompt import count_rows
+from mmopt.spec.prompt import count_tokens
 
 
 class Chat:
@@ -21,7 +21,7 @@ class Chat:
         self,
         decoder: Decoder,
         with_markers: Callable[[str, Sequence[Any]], str],
-        prepare: Callable[[Request, Sequence[Image]], Job],
+        prepare: Callable[[Request, Sequence[Image]], LiveSequence],
     ):
         self.messages: list[dict] = []
         self._decoder, self._with_markers, self._prepare = decoder, with_markers, prepare
@@ -38,13 +38,15 @@ class Chat:
         content = self._with_markers(text, images)
         messages = [*self.messages, {"role": "user", "content": content}]
         request = Request(messages, images, **options)
-        if request.beams > 1:
-            raise EngineError(f"beams is {request.beams}, but a conversation goes on from its one lane of the cache")
+        if request.num_beams > 1:
+            raise EngineError(
+                f"beams is {request.num_beams}, but a conversation goes on from its one lane of the cache"
+            )
         job = self._prepare(request, self._images)
         answering = Stream(self._turn(self.messages, messages, job), job.answer)
         return answering if stream else answering.finish()
 
-    def _turn(self, before: list[dict], messages: list[dict], job: Job) -> Generator[str]:
+    def _turn(self, before: list[dict], messages: list[dict], job: LiveSequence) -> Generator[str]:
         if not self._lock.acquire(blocking=False):
             raise EngineError("this chat is still answering; a chat takes one turn at a time")
         try:
@@ -57,13 +59,13 @@ class Chat:
             if used < len(job.images) and decoder.sees_ahead(ids):  # the new images change rows that were read before
                 kept = used = 0
             self._fed = ids[:kept]
-            self._cache.past[0] = count_rows(self._fed, decoder.info)
+            self._cache.past[0] = count_tokens(self._fed, decoder.info)
             self._cache.images[0] = used
             if decoder.cross:
-                self._cache.views[0] = View(decoder.info, job.images[:used])
+                self._cache.views[0] = SequenceImages(decoder.info, job.images[:used])
                 self._cache.views[0].sight.read(self._fed)
             try:
-                for _ in decoder.run(self._cache, [Job(answer, ids[kept:], job.images[used:])]):
+                for _ in decoder.run(self._cache, [LiveSequence(answer, ids[kept:], job.images[used:])]):
                     if answer.piece:
                         yield answer.piece
             finally:

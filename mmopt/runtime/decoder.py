@@ -18,30 +18,30 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.cache_layout import CacheLayout
-from mmopt.runtime.images import Blocks, Image, View
+from mmopt.runtime.images import Image, SequenceImages, TileView
 from mmopt.runtime.kv_cache import Cache, restore
 from mmopt.runtime.prefix import Prefix
-from mmopt.runtime.request import Answer
-from mmopt.runtime.session import Bound, Sessions
+from mmopt.runtime.request import RequestState
+from mmopt.runtime.session import IoBinding, Sessions
 from mmopt.runtime.tensor import Tensor, from_bits
-from mmopt.spec.cross_mask import PER_CALL, Seen, gather, seen_inputs, segment_inputs, segments
+from mmopt.spec.cross_mask import CROSS_INPUTS, VisibleTiles, gather, seen_inputs, segment_inputs, segments
 from mmopt.spec.errors import EngineError
 from mmopt.spec.manifest import Manifest
-from mmopt.spec.prompt import LEFT_OUT, plan, told_of_images
+from mmopt.spec.prompt import POSITION_DELTAS, layout_prompts, position_deltas
 from mmopt.spec.schedule import Call
 
 POOLED = 2  # caches kept for the next calls
 
 
 @dataclass
-class Job:
+class LiveSequence:
     """One sample on its way: ids still to be fed, their images and the answer.
 
     before: markers that are taken for read before the first id, where images lie outside the text. prefix: what the
     ids go on from.
     """
 
-    answer: Answer
+    answer: RequestState
     ids: list[int]
     images: list[Image]
     before: int = 0
@@ -55,7 +55,7 @@ class DecodeStep:
         embed, model = decoder.embed, decoder.language
         self._ids = Tensor.zeros((lanes, 1), "int64", embed.device)
         self._past = Tensor.zeros((lanes,), "int64", model.device)
-        self._told = {k: Tensor.zeros((lanes,), "int64", model.device) for k in LEFT_OUT if k in model.inputs}
+        self._told = {k: Tensor.zeros((lanes,), "int64", model.device) for k in POSITION_DELTAS if k in model.inputs}
         self._text = Tensor.zeros((lanes, 1, decoder.width), decoder.dtype, model.device)
         self._embed = embed.bind({"ids": self._ids}, {"text": self._text})
         self._decoder, self._cache, self._lanes = decoder, cache, lanes
@@ -79,7 +79,7 @@ class DecodeStep:
         self._past.write(past)
         if self._told:
             images = self._cache.images[: self._lanes]
-            values = told_of_images(images, images, self._decoder.info)
+            values = position_deltas(images, images, self._decoder.info)
             for k, told in self._told.items():
                 told.write(values[k])
         self._embed.run()
@@ -119,8 +119,8 @@ class Decoder:
             "visual",
             "text",
             "offset",
-            *LEFT_OUT,
-            *PER_CALL,
+            *POSITION_DELTAS,
+            *CROSS_INPUTS,
             *self.whole,
             *(f"segment.{k}" for k in self.segmented),
         }
@@ -205,13 +205,13 @@ class Decoder:
             cache.holds[lane] = None
         if self.cross:
             if cache.past[lane] == 0:
-                cache.views[lane] = View(self.info, ready, before)
+                cache.views[lane] = SequenceImages(self.info, ready, before)
             else:
                 cache.views[lane] = cache.views[lane].copy(ready)
             cache.version += 1
             view = cache.views[lane]
             return self._feed(cache, lane, ids, self.given([view], [view.sight.read(ids)]))
-        chunks = plan([ids], self.info, 1)
+        chunks = layout_prompts([ids], self.info, 1)
         if cache.past[lane] == 0:
             leading = chunks[0].ids if len(chunks) > 1 and not chunks[0].images else ()
             if leading and leading == cache.leading[lane]:
@@ -226,7 +226,7 @@ class Decoder:
                 visual = _one_after_the_other([ready[i].rows for i in chunk.images])
             read = cache.images[lane : lane + 1].copy()
             cache.images[lane] += len(chunk.images)
-            values = told_of_images(read, cache.images[lane : lane + 1], self.info)
+            values = position_deltas(read, cache.images[lane : lane + 1], self.info)
             told = {k: Tensor.of(x, "int64") for k, x in values.items() if k in self.language.inputs}
             last = self._feed(cache, lane, chunk.ids, {"visual": visual} | told)
         return last
@@ -258,7 +258,7 @@ class Decoder:
         cache.past[: len(ids)] += np.asarray(active)
         return logits
 
-    def run(self, cache: Cache, jobs: Sequence[Job]) -> Iterator[None]:
+    def run(self, cache: Cache, jobs: Sequence[LiveSequence]) -> Iterator[None]:
         """Prefill each job in its lane, then decode together; stops after each token, until all answers are finished.
 
         Jobs must come in descending order of their limits: then those that may have filled their lane to the last slot
@@ -276,7 +276,7 @@ class Decoder:
                 live[lane].answer.take(logits[lane])
             yield
 
-    def given(self, views: Sequence[View], rows: Sequence[Sequence[Seen]]) -> dict[str, Tensor]:
+    def given(self, views: Sequence[SequenceImages], rows: Sequence[Sequence[VisibleTiles]]) -> dict[str, Tensor]:
         """The inputs of a call of the language model that tell what each row of each view sees."""
         model, cross = self.language, self.info.required_cross
         counts = [len(v.images) * cross.tiles for v in views]
@@ -291,14 +291,14 @@ class Decoder:
             shape = model.inputs[name].sizes(2)
             made[name] = np.zeros((len(views), most, *shape), np.float32)
             for b, own in enumerate(images):
-                for i, block in zip(range(most), Blocks(own, name, cross.tiles), strict=False):
+                for i, block in zip(range(most), TileView(own, name, cross.tiles), strict=False):
                     made[name][b, i] = block
         if self.segmented:
             chosen = segments(rows, cross.tokens)
             made |= segment_inputs(chosen, cross.tokens)
             for name, kind in self.segmented.items():
                 (width,) = model.inputs[f"segment.{name}"].sizes(2)
-                blocks: list[Sequence[np.ndarray]] = [Blocks(own, name, cross.tiles) for own in images]
+                blocks: list[Sequence[np.ndarray]] = [TileView(own, name, cross.tiles) for own in images]
                 if not any(map(len, blocks)):
                     blocks[0] = [np.zeros((cross.tokens, width), np.float32)]
                 made[f"segment.{name}"] = gather(chosen, blocks, kind == "key")
@@ -306,7 +306,7 @@ class Decoder:
 
     def bind_language(
         self, images: dict[str, Tensor], text: Tensor, past: Tensor, cache: Cache, lanes: slice, rows: int
-    ) -> tuple[list[Bound], Tensor]:
+    ) -> tuple[list[IoBinding], Tensor]:
         """The language model, and its head where that is a stage of its own, on some lanes of a cache: the same memory
         as input and output; and the logits that they write, of all `rows` or of the last."""
         kept = {k: t[lanes] for k, t in cache.tensors.items()}

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from mmopt.processing.chat_template import ChatTemplate
 from mmopt.processing.tile_processor import processor_of
-from mmopt.processing.tokenizer import TextProcessor, painting_ids
+from mmopt.processing.tokenizer import TextProcessor, image_prompt_ids
 from mmopt.runtime import beam_search as beams
 from mmopt.runtime.chat import Chat
-from mmopt.runtime.decoder import Decoder, Job
-from mmopt.runtime.image_generation import Painting, paint, shown
+from mmopt.runtime.debug import DebugEngine
+from mmopt.runtime.decoder import Decoder, LiveSequence
+from mmopt.runtime.image_generation import GeneratedImages, generate_images, shown
 from mmopt.runtime.images import Image
 from mmopt.runtime.kv_cache import Cache, take
 from mmopt.runtime.lru_cache import Store
 from mmopt.runtime.prefix import Prefix, fingerprint, read
-from mmopt.runtime.request import Answer, Completion, Request, Stream
+from mmopt.runtime.request import Completion, Request, RequestState, Stream
 from mmopt.runtime.session import available_providers, choose_provider, default_threads
 from mmopt.runtime.tensor import Tensor
 from mmopt.spec.errors import EngineError, _engine_errors
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import choose_plan, draw_noise
 from mmopt.spec.manifest import read_directory
-from mmopt.spec.prompt import count_rows, left_out, plan
+from mmopt.spec.prompt import count_tokens, empty_positions, layout_prompts
 
-__all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Run", "Stream", "available_providers"]
+__all__ = ["Chat", "Completion", "Engine", "EngineError", "Request", "Stream", "available_providers"]
 
 
 class Engine:
@@ -39,7 +38,7 @@ class Engine:
 
     provider: "cpu", "cuda" or "tensorrt"; by default "cuda" where there is one (`available_providers` lists them).
     threads: by default all processors that the process may use. verify_checksums: check the contents of the weights,
-    not only their size. keep_bytes: how much of encoded images and of prefixes is kept for later requests, the least
+    not only their size. cache_bytes: how much of encoded images and of prefixes is kept for later requests, the least
     recently used going first. Raises EngineError (a ValueError) for a directory that is missing, foreign, incomplete,
     changed or too new, and for a provider that is not there.
     """
@@ -50,13 +49,13 @@ class Engine:
         provider: str | None = None,
         threads: int | None = None,
         verify_checksums: bool = False,
-        keep_bytes: int = 256 << 20,
+        cache_bytes: int = 256 << 20,
     ):
         self.directory = Path(directory)
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected at least 1")
-        if keep_bytes < 0:
-            raise EngineError(f"keep_bytes is {keep_bytes}, expected 0 (nothing is kept) or more")
+        if cache_bytes < 0:
+            raise EngineError(f"cache_bytes is {cache_bytes}, expected 0 (nothing is kept) or more")
         self.manifest = manifest = read_directory(self.directory, verify_checksums)
         self.dtype, self.info, self.target = manifest.dtype, manifest.info, manifest.target
         self.provider = choose_provider(provider, self.dtype)
@@ -66,7 +65,12 @@ class Engine:
             self.template = ChatTemplate.from_json(self.info.processing.chat)
         self._text = self._read_tokenizer(manifest.tokenizer)
         self.decoder = Decoder(self.directory, manifest, self.provider, self.threads)
-        self.fingerprint, self.store = fingerprint(manifest), Store(keep_bytes)
+        self.fingerprint, self.store = fingerprint(manifest), Store(cache_bytes)
+
+    @property
+    def debug(self) -> DebugEngine:
+        """Greedy decoding of ids, with logits and caches: for checks and measurement."""
+        return DebugEngine(self.info, self.decoder, self.encode_images)
 
     def __repr__(self) -> str:
         i = self.info
@@ -90,12 +94,12 @@ class Engine:
         stream: bool = False,
         **options: Any,
     ) -> Completion | Stream:
-        """Answer a question, a conversation or a list of token ids. `options` are the further fields of `Request`.
+        """RequestState a question, a conversation or a list of token ids. `options` are the further fields of `Request`.
 
         With `stream` the result is an iterator over pieces of text; closing it cancels.
         """
-        job = self.prepare(Request(prompt, images, **options))
-        if job.answer.request.beams > 1:
+        job = self._prepare(Request(prompt, images, **options))
+        if job.answer.request.num_beams > 1:
             if stream:
                 raise EngineError("an answer with beams cannot be streamed: which one is best is known at the end")
             return beams.answer(self.decoder, job)
@@ -103,46 +107,29 @@ class Engine:
         return answering if stream else answering.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests together, ``info.batch`` at once; what is asked beside it does not change an answer.
+        """RequestState requests together, ``info.batch`` at once; what is asked beside it does not change an answer.
 
         Those with beams take the lanes of a batch for themselves, one after the other.
         """
-        jobs, most = [self.prepare(r) for r in requests], self.info.batch
-        together = [j for j in jobs if j.answer.request.beams == 1]
+        jobs, most = [self._prepare(r) for r in requests], self.info.batch
+        together = [j for j in jobs if j.answer.request.num_beams == 1]
         for i in range(0, len(together), most):
             group = sorted(together[i : i + most], key=lambda j: -j.answer.limit)
             with self.decoder.cache(len(group)) as cache:
                 for _ in self.decoder.run(cache, group):
                     pass
-        return [beams.answer(self.decoder, j) if j.answer.request.beams > 1 else j.answer.completion() for j in jobs]
+        return [
+            beams.answer(self.decoder, j) if j.answer.request.num_beams > 1 else j.answer.completion() for j in jobs
+        ]
 
     def chat(self) -> Chat:
         """A conversation: each image is encoded once, and earlier turns stay in the cache."""
-        return Chat(self.decoder, self.with_markers, self.prepare)
+        return Chat(self.decoder, self._with_markers, self._prepare)
 
-    def generate_image(
+    def generate_images(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
         n: int = 1,
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int | None = None,
-        solver: str | FlowPlan | None = None,
-        noise: np.ndarray | None = None,
-        progress: bool | Callable[[int, int], None] = False,
-    ) -> list[PIL.Image.Image]:
-        """Paint `n` pictures of a text, or of ids that end with the token which stands for the picture.
-
-        steps: evaluations of the model (by default `mmopt.spec.flow_sampler.STEPS`); guidance: weight of the prompt (by default
-        the model's). solver: one of `mmopt.spec.solvers.SOLVERS`, "fitted" or a plan; by default the plan that was fitted
-        for so many steps and this guidance where the engine has one, else AB2. seed: of the noise; noise: instead of
-        it, ``[n, c, h, w]`` float32. progress: True shows a bar, a function is told (done, of how many).
-        """
-        return self.paint([prompt] * n, steps, guidance, seed, solver, noise, progress).images()
-
-    def paint(
-        self,
-        prompts: Sequence[str | Sequence[int]],
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | None = None,
@@ -151,45 +138,54 @@ class Engine:
         progress: bool | Callable[[int, int], None] = False,
         trajectory: bool = False,
         observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
-    ) -> Painting:
-        """One picture for each prompt, ``info.batch`` at once; what is painted beside it does not change a picture.
+    ) -> GeneratedImages:
+        """`n` images of each prompt: a text, ids that end with the token which stands for the image, or a list of these.
 
-        See `generate_image`; the result holds latents and pixels as numbers. `trajectory` keeps the latents after each
-        evaluation. `observe` is called after each stage, as that of `Program.paint`.
+        ``info.batch`` images are made at once; what is made beside it does not change an image. The result is a
+        sequence of PIL images, and holds latents and pixels as numbers.
+
+        steps: evaluations of the model (by default `mmopt.spec.flow_sampler.STEPS`); guidance: weight of the prompt (by
+        default the model's). solver: one of `mmopt.spec.solvers.SOLVERS`, "fitted" or a plan; by default the plan that
+        was fitted for so many steps and this guidance where the engine has one, else AB2. seed: of the noise; noise:
+        instead of it, ``[images, c, h, w]`` float32. progress: True shows a bar, a function is told (done, of how many).
+        `trajectory` keeps the latents after each evaluation. `observe` is called after each stage, as that of
+        `Program.generate_images`. Raises EngineError for a model that generates none, and for wrong prompts or options.
         """
         if not self.manifest.schedules.image:
-            raise EngineError(f"{self.directory}: {self.info.family} paints no images")
-        if isinstance(prompts, str):
-            raise EngineError("prompts is one text, expected a list of prompts")
-        if not len(prompts):
+            raise EngineError(f"{self.directory}: {self.info.family} generates no images")
+        if not len(prompt):
             raise EngineError("no prompt was given")
+        if n < 1:
+            raise EngineError(f"n is {n}, expected at least 1")
+        single = isinstance(prompt, str) or isinstance(prompt[0], int | np.integer)
+        prompts: Sequence[Any] = [prompt] if single else prompt  # type: ignore[assignment,list-item]
         with _engine_errors():
-            ids = [self._painting_ids(p) for p in prompts]
+            ids = [self._image_prompt_ids(p) for p in prompts for _ in range(n)]
             plan = choose_plan(solver, steps, guidance, self.info)
             if noise is None:
                 noise = draw_noise(len(ids), self.info, seed)
         with shown(progress, plan.evaluations * -(-len(ids) // self.info.batch)) as tell:
-            return paint(self.decoder, self.manifest, ids, noise, plan, trajectory, tell, observe)
+            return generate_images(self.decoder, self.manifest, ids, noise, plan, trajectory, tell, observe)
 
-    def _painting_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _image_prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt with one more, whose place the picture takes."""
         if not isinstance(prompt, str):
             return [int(t) for t in prompt]
-        return painting_ids(self.text, self.template, prompt)
+        return image_prompt_ids(self.text, self.template, prompt)
 
     def prefix(self, prompt: str | Sequence[int], images: Sequence[Any] = ()) -> Prefix:
         """Read the beginning of prompts once: few-shot examples, say, with their images.
 
         ``generate(query, prefix=...)`` then goes on from it; any number of queries may share it, in a batch too. A text
         is the beginning of the user's message, with a marker for each image; the query is the rest of it. It is kept
-        (`keep_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
+        (`cache_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
         """
         with _engine_errors("the prefix is neither text nor token ids: "):
-            text = self.template.begin(self.with_markers(prompt, images)) if isinstance(prompt, str) else None
+            text = self.template.begin(self._with_markers(prompt, images)) if isinstance(prompt, str) else None
             ids = [int(t) for t in prompt] if text is None else self.text.encode(text)
         self._count_images(ids, len(images))
         with _engine_errors():
-            plan([ids], self.info, 1)
+            layout_prompts([ids], self.info, 1)
         ready, keys = self._ready(images)
         key = ("prefix", tuple(ids), tuple(keys), text)
         made = self.store.get(key)
@@ -249,66 +245,8 @@ class Engine:
             limit = "at least 1" if most is None else f"1 to {most}"
             raise EngineError(f"{what} has {frames} frames, expected {limit}")
 
-    # ------------------------------------------------------------------------------------ for checks and measurement
-    def run_ids(
-        self,
-        prompts: Sequence[Sequence[int]],
-        pixel_values: np.ndarray | None = None,
-        image_rows: Tensor | np.ndarray | None = None,
-        max_new_tokens: int = 1,
-        forced: np.ndarray | None = None,
-        ignore_eos: bool = False,
-        logits: bool = False,
-        caches: bool = False,
-        images: Sequence[int] | None = None,
-        image_inputs: dict[str, np.ndarray] | None = None,
-        before: Sequence[int] | None = None,
-        tiles: Sequence[int] | None = None,
-    ) -> Run:
-        """Greedy decoding of prompts given as ids, with the image id where an image stands; images in order of prompts.
-
-        `forced` ``[B, max_new_tokens]`` is fed instead of the likeliest ids; nothing ends early then. `logits` and
-        `caches`: return these too. `image_inputs`: what the image stages take beside pixel_values. Where images lie
-        outside the text: `images` of each prompt, if not as many as its markers; `tiles` of each image that count;
-        markers `before` each prompt.
-        """
-        request = Request([], max_new_tokens=max_new_tokens)
-        with _engine_errors():
-            plan(prompts, self.info, max_new_tokens, images)
-        if forced is not None and np.shape(forced) != (len(prompts), max_new_tokens):
-            raise EngineError(f"forced has shape {np.shape(forced)}, expected ({len(prompts)}, {max_new_tokens})")
-        if image_rows is None and pixel_values is not None:
-            image_rows = self.encode_images(np.asarray(pixel_values), image_inputs)
-        if image_rows is not None and not isinstance(image_rows, Tensor):
-            image_rows = Tensor.of(np.asarray(image_rows), self.dtype, self.decoder.language.device)
-        if image_rows is not None and image_rows.shape[1:] != self.decoder.rows_shape:
-            expected = ", ".join(map(str, self.decoder.rows_shape))
-            raise EngineError(f"image_rows have shape {image_rows.shape}, expected (N, {expected})")
-        eos = frozenset(() if ignore_eos or forced is not None else self.info.eos_ids)
-        jobs, rest = [], _each(image_rows)
-        counts = [list(p).count(self.info.image_id) for p in prompts] if images is None else list(images)
-        if sum(counts) != len(rest):
-            raise EngineError(f"the prompts have places for {sum(counts)} images, but {len(rest)} were given")
-        each = [self.decoder.image(r, tiles[i] if tiles is not None else None) for i, r in enumerate(rest)]
-        for i, prompt in enumerate(prompts):
-            row = None if forced is None else forced[i]
-            answer = Answer(request, max_new_tokens, eos, forced=row, keep_logits=logits)
-            jobs.append(Job(answer, list(prompt), each[: counts[i]], before[i] if before is not None else 0))
-            each = each[counts[i] :]
-        cache = Cache(self.decoder.layout, len(jobs))  # not one of the pool: the result may keep it
-        for _ in self.decoder.run(cache, jobs):
-            pass
-        return Run(
-            [j.answer.ids for j in jobs],
-            [j.answer.finish or "" for j in jobs],
-            [np.stack(j.answer.logits) for j in jobs] if logits else None,
-            cache.past,
-            {k: t.numpy() for k, t in cache.tensors.items()} if caches else None,
-            image_rows,
-        )
-
     # ------------------------------------------------------------------------------------------------------- inside
-    def prepare(self, request: Request, earlier: Sequence[Image] = ()) -> Job:
+    def _prepare(self, request: Request, earlier: Sequence[Image] = ()) -> LiveSequence:
         """Check a request and encode its text and images. `earlier`: the first images of the prompt, made ready."""
         start = request.prefix
         if start is not None and start.made_for != self.fingerprint:
@@ -316,26 +254,26 @@ class Engine:
         if start is not None:
             ids = self._rest_of_message(request, start)
         elif isinstance(request.prompt, str):
-            content = self.with_markers(request.prompt, request.images)
+            content = self._with_markers(request.prompt, request.images)
             ids = self._render([{"role": "user", "content": content}])
         elif len(request.prompt) and isinstance(request.prompt[0], dict):
             ids = self._render(request.prompt)
         else:
             with _engine_errors("the prompt is neither text nor messages nor token ids: "):
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        if request.beams > self.info.batch:
+        if request.num_beams > self.info.batch:
             raise EngineError(
-                f"beams is {request.beams}, but this engine was made for at most {self.info.batch} samples at once, "
-                f"and each beam takes the place of one: export it with batch {request.beams} or more"
+                f"beams is {request.num_beams}, but this engine was made for at most {self.info.batch} samples at once, "
+                f"and each beam takes the place of one: export it with batch {request.num_beams} or more"
             )
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")
-        rows = count_rows(ids, self.info) + (start.rows if start else 0)
-        gone = left_out(ids, self.info) + (left_out(start.ids, self.info) if start else 0)
+        rows = count_tokens(ids, self.info) + (start.rows if start else 0)
+        gone = empty_positions(ids, self.info) + (empty_positions(start.ids, self.info) if start else 0)
         most = self.info.context if self.info.positions is None else self.info.positions - gone  # tokens with positions
         limit = request.max_new_tokens or max(1, min(self.info.context, most) - rows + 1)
         with _engine_errors():
-            plan([ids], self.info, limit)
+            layout_prompts([ids], self.info, limit)
         if self.info.positions is not None and rows + limit - 1 > most:
             raise EngineError(
                 f"the prompt with its prefix reaches position {rows + limit - 1 + gone}, rows of images that were left "
@@ -353,8 +291,8 @@ class Engine:
                 "change its rows; let the prefix begin with an image, or give the images without a prefix"
             )
         new, _ = self._ready(request.images)
-        answer = Answer(request, limit, frozenset(self.info.eos_ids), self._text, prompt_rows=rows)
-        return Job(answer, ids, [*earlier, *new], prefix=start)
+        answer = RequestState(request, limit, frozenset(self.info.eos_ids), self._text, prompt_rows=rows)
+        return LiveSequence(answer, ids, [*earlier, *new], prefix=start)
 
     def _rest_of_message(self, request: Request, start: Prefix) -> list[int]:
         """Ids of a prompt that goes on from a prefix: text is the rest of the user's message.
@@ -364,7 +302,7 @@ class Engine:
         if not isinstance(request.prompt, str):
             with _engine_errors("after a prefix the prompt must be text or token ids: "):
                 return [int(t) for t in request.prompt]  # type: ignore[arg-type]
-        rest = self.template.go_on(self.with_markers(request.prompt, request.images))
+        rest = self.template.go_on(self._with_markers(request.prompt, request.images))
         with _engine_errors():
             if start.text is not None:
                 whole = self.text.encode(start.text + rest)
@@ -389,7 +327,7 @@ class Engine:
             made.append(image)
         return made, keys
 
-    def with_markers(self, text: str, images: Sequence[Any]) -> str:
+    def _with_markers(self, text: str, images: Sequence[Any]) -> str:
         """A question with one marker for each image: put in front unless the question has them."""
         marker = self.template.image
         found = text.count(marker)
@@ -406,7 +344,7 @@ class Engine:
         if wanted != given:
             raise EngineError(f"the prompt has places for {wanted} images, but {given} were given")
 
-    def _answer(self, job: Job) -> Generator[str]:
+    def _answer(self, job: LiveSequence) -> Generator[str]:
         with self.decoder.cache(1) as cache:
             for _ in self.decoder.run(cache, [job]):
                 if job.answer.piece:
@@ -419,23 +357,6 @@ class Engine:
             return TextProcessor.of_model(self.directory / name, self.info, self.template)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `Engine.run_ids` returns; lists are by sample.
-
-    tokens: new ids, an end id included (with `forced`: the likeliest ids, though the forced ones were fed).
-    logits: ``[T, V]`` float32, a row for each of the tokens; the first is that of the prompt's last row.
-    past: filled rows ``[B]``. caches: name -> ``[B, kv_heads, context, head_dim]``. image_rows: ``[N, rows, hidden]``.
-    """
-
-    tokens: list[list[int]]
-    finish_reasons: list[str]
-    logits: list[np.ndarray] | None
-    past: np.ndarray
-    caches: dict[str, np.ndarray] | None
-    image_rows: Tensor | None
-
-
 def _digest(*arrays: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for x in arrays:
@@ -445,7 +366,3 @@ def _digest(*arrays: np.ndarray) -> str:
 
 def _is_video(image: Any) -> bool:
     return isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
-
-
-def _each(rows: Tensor | None) -> list[Tensor]:
-    return [] if rows is None else [rows[i : i + 1] for i in range(rows.shape[0])]

@@ -1,10 +1,11 @@
-"""Paints with an engine: the painting schedule on ONNX Runtime sessions, latents and solver in numpy on the host."""
+"""Paints with an engine: the image schedule on ONNX Runtime sessions, latents and solver in numpy on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,39 @@ from mmopt.runtime.session import StageSession
 from mmopt.runtime.tensor import Tensor, from_bits
 from mmopt.spec.errors import EngineError
 from mmopt.spec.flow_plan import FlowPlan
-from mmopt.spec.flow_sampler import Painter, Samples, lay_out, levels, plan_of
+from mmopt.spec.flow_sampler import FlowSampler, Samples, lay_out, levels, plan_of
 from mmopt.spec.manifest import Manifest
 from mmopt.spec.schedule import is_cache
 
 
-@dataclass(frozen=True)
-class Painting:
-    """What an engine painted. latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not
-    clipped (None without a decoder of images); trajectory: the latents after each evaluation, where asked for."""
+@dataclass(frozen=True, eq=False)
+class GeneratedImages(Sequence[Image.Image]):
+    """What an engine generated: a sequence of pictures of 8 bits, and the numbers they are made from.
+
+    latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not clipped (None without a decoder
+    of images); trajectory: the latents after each evaluation, where asked for.
+    """
 
     latents: np.ndarray
     pixels: np.ndarray | None
     plan: FlowPlan
     trajectory: list[np.ndarray] | None = None
 
-    def images(self) -> list[Image.Image]:
-        """Pictures of 8 bits, see `mmopt.spec.flow_sampler.levels`."""
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """See `mmopt.spec.flow_sampler.levels`. EngineError if the engine has no decoder of images."""
         if self.pixels is None:
             raise EngineError("this engine has no decoder of images: export it from a checkpoint with its VAE")
         return [Image.fromarray(np.ascontiguousarray(x)) for x in levels(self.pixels)]
 
+    def __len__(self) -> int:
+        return len(self.latents)
 
-class EnginePainter(Painter):
+    def __getitem__(self, i: Any) -> Any:
+        return self.pictures[i]
+
+
+class EngineFlowSampler(FlowSampler):
     """Values are numpy arrays as they are stored (bfloat16 as its bits); caches stay in the memory of the device."""
 
     def __init__(
@@ -142,7 +153,7 @@ def shown(progress: bool | Callable[[int, int], None], total: int) -> Iterator[C
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
-def paint(
+def generate_images(
     decoder: Decoder,
     manifest: Manifest,
     prompts: Sequence[Sequence[int]],
@@ -151,11 +162,11 @@ def paint(
     trajectory: bool = False,
     progress: Callable[[int, int], None] | None = None,
     observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
-) -> Painting:
+) -> GeneratedImages:
     """Paint an image for each prompt of ids from its own noise ``[G, c, h, w]``, ``info.batch`` at once.
 
     `progress` is told how many evaluations are done, and of how many. `observe` is called after each stage, as that of
-    `Program.paint`, with arrays. Raises EngineError for a wrong prompt or noise.
+    `Program.generate_images`, with arrays. Raises EngineError for a wrong prompt or noise.
     """
     info = manifest.info
     assert info.flow is not None
@@ -183,7 +194,7 @@ def paint(
             if progress:
                 progress(i * plan.evaluations + trip + 1, len(groups) * plan.evaluations)
 
-        painter = EnginePainter(
+        sampler = EngineFlowSampler(
             decoder,
             manifest,
             lay_out(prompts[part], info.required_flow, info.context, info.vocab_size),
@@ -191,11 +202,11 @@ def paint(
             after,
             observe,
         )
-        latents_made.append(painter.paint(noise[part]))
-        if "image" in painter.values:
+        latents_made.append(sampler.sample(noise[part]))
+        if "image" in sampler.values:
             dtype = manifest.stages["decode_image"].outputs["image"].dtype
-            pixels_made.append(from_bits(painter.values["image"], dtype))
-    return Painting(
+            pixels_made.append(from_bits(sampler.values["image"], dtype))
+    return GeneratedImages(
         np.concatenate(latents_made),
         np.concatenate(pixels_made) if pixels_made else None,
         plan,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.tensor import Tensor
-from mmopt.spec.cross_mask import Sight
+from mmopt.spec.cross_mask import CrossMask
 from mmopt.spec.model_info import ModelInfo
 
 
@@ -28,18 +28,18 @@ class Image:
         return sum(t.nbytes for t in (self.rows, *self.apart.values()))
 
 
-class View:
+class SequenceImages:
     """The images of one lane and what its rows see of them, as far as its text has been read."""
 
     def __init__(self, info: ModelInfo, images: Sequence[Image] = (), before: int = 0):
         self.images = list(images)
         self.blocks = info.required_cross.tiles
-        self.sight = Sight(info.required_cross, info.image_id, len(self.images), self._tiles(), before)
+        self.sight = CrossMask(info.required_cross, info.image_id, len(self.images), self._tiles(), before)
 
     def _tiles(self) -> list[int]:
         return [i.tiles or self.blocks for i in self.images]
 
-    def copy(self, images: Sequence[Image] = ()) -> View:
+    def copy(self, images: Sequence[Image] = ()) -> SequenceImages:
         """The same view, to go on with further images."""
         made = copy.copy(self)
         made.images, made.sight = [*self.images, *images], copy.copy(self.sight)
@@ -47,8 +47,8 @@ class View:
         return made
 
 
-class Blocks(Sequence[np.ndarray]):
-    """Blocks of several images ``[rows, width]``, one after the other; only those that are asked for are looked at."""
+class TileView(Sequence[np.ndarray]):
+    """TileView of several images ``[rows, width]``, one after the other; only those that are asked for are looked at."""
 
     def __init__(self, images: Sequence[Image], name: str, each: int):
         self._images, self._name, self._each = images, name, each

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.cache_layout import CacheLayout
-from mmopt.runtime.images import Image, View
+from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.prefix import Prefix
 from mmopt.runtime.tensor import Tensor
 from mmopt.spec.dtypes import DTYPES
@@ -22,7 +22,7 @@ class Cache:
         self.images = np.zeros(batch, np.int64)  # among the text of each lane
         self.leading: list[tuple[int, ...]] = [()] * batch  # text before the first image that each lane begins with
         # Where images lie outside the text: what each lane sees, and a number that changes whenever that does.
-        self.views = [View(layout.info) for _ in range(batch)] if layout.info.cross else []
+        self.views = [SequenceImages(layout.info) for _ in range(batch)] if layout.info.cross else []
         self.version = 0
         self.holds: list[Prefix | None] = [None] * batch  # the stored prefix whose rows each lane begins with
         self.tensors = {

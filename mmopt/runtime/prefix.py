@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mmopt.runtime.cache_layout import CacheLayout
-from mmopt.runtime.images import Image, View
+from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.tensor import Tensor, to_bits
 from mmopt.spec.errors import EngineError
 from mmopt.spec.manifest import Manifest
-from mmopt.spec.prompt import count_rows
+from mmopt.spec.prompt import count_tokens
 from mmopt.spec.schema import SCHEMA, check_schema
 
 
@@ -34,7 +34,7 @@ class Prefix:
     rows: int
     images: list[Image]
     caches: dict[str, np.ndarray] = field(repr=False)
-    view: View | None = field(repr=False)
+    view: SequenceImages | None = field(repr=False)
     made_for: str
     dtype: str
     text: str | None = None
@@ -105,8 +105,8 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
 def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], layout: CacheLayout, made_for: str) -> Prefix:
     """A prefix from what a file holds. ValueError or KeyError if that is not what the engine would have written."""
     dtype, rows, info = said["dtype"], said["rows"], layout.info
-    if dtype != layout.dtype or rows != count_rows(said["ids"], info):
-        raise ValueError(f"{rows} rows in {dtype}, expected {count_rows(said['ids'], info)} in {layout.dtype}")
+    if dtype != layout.dtype or rows != count_tokens(said["ids"], info):
+        raise ValueError(f"{rows} rows in {dtype}, expected {count_tokens(said['ids'], info)} in {layout.dtype}")
     images = []
     for i, tiles in enumerate(said["tiles"]):
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"image.{i}.")}
@@ -117,7 +117,7 @@ def _assembled(said: dict[str, Any], tensors: dict[str, np.ndarray], layout: Cac
         _, heads, _, width = layout.caches[k][0]
         if x.shape != (heads, rows, width):
             raise ValueError(f"{k} has shape {x.shape}, expected {(heads, rows, width)}")
-    view = View(info, images) if info.cross else None
+    view = SequenceImages(info, images) if info.cross else None
     if view:
         view.sight.read(said["ids"])
     return Prefix(tuple(said["ids"]), rows, images, caches, view, made_for, dtype, said.get("text"))

@@ -28,7 +28,7 @@ class Request:
     stop: texts that end the answer; they are not part of it.
     logprobs: also return the log-probability of each token.
     prefix: what `Engine.prefix` returned; the prompt (text or token ids) goes on from there.
-    beams: with more than 1, beam search as `mmopt.runtime.beam_search.search` has it: hypotheses end by end tokens alone, and the
+    num_beams: with more than 1, beam search as `mmopt.runtime.beam_search.search` has it: hypotheses end by end tokens alone, and the
         best by sum of log-probabilities / length ** `length_penalty` is the answer; `early_stopping` is True, False or
         "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go with it.
     """
@@ -43,7 +43,7 @@ class Request:
     stop: str | Sequence[str] = ()
     logprobs: bool = False
     prefix: Prefix | None = None
-    beams: int = 1
+    num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
 
@@ -57,21 +57,21 @@ class Request:
         self._check_beams()
 
     def _check_beams(self) -> None:
-        if not _is_int(self.beams) or self.beams < 1:
-            raise EngineError(f"beams is {self.beams!r}, expected a number of at least 1")
+        if not _is_int(self.num_beams) or self.num_beams < 1:
+            raise EngineError(f"num_beams is {self.num_beams!r}, expected a number of at least 1")
         if not _is_number(self.length_penalty) or not -10 <= self.length_penalty <= 10:
             raise EngineError(f"length_penalty is {self.length_penalty!r}, expected a number from -10 to 10")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise EngineError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'")
-        if self.beams == 1:
+        if self.num_beams == 1:
             return
         drawn = {"temperature": self.temperature or None, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
         for name, value in drawn.items():
             if value is not None:
-                raise EngineError(f"{name} is {value!r}, but beams is {self.beams}: beam search draws nothing")
+                raise EngineError(f"{name} is {value!r}, but num_beams is {self.num_beams}: beam search draws nothing")
         if self.stop:
             raise EngineError(
-                f"stop is {self.stop!r}, but beams is {self.beams}: hypotheses end by end tokens alone, cut the text "
+                f"stop is {self.stop!r}, but num_beams is {self.num_beams}: hypotheses end by end tokens alone, cut the text "
                 "afterwards"
             )
 
@@ -97,7 +97,7 @@ class Completion:
 
 
 @dataclass
-class Answer:
+class RequestState:
     """One sample while its tokens come in. `finish` is None until it ends; `piece` is the text of its last token.
 
     limit: tokens at most. eos_ids: tokens that end it. text: decodes ids (None: there is no text, only ids).
@@ -170,7 +170,7 @@ class Answer:
 class Stream:
     """Pieces of an answer as they come; joined they are its text. `close` cancels, also from another thread."""
 
-    def __init__(self, pieces: Generator[str], answer: Answer):
+    def __init__(self, pieces: Generator[str], answer: RequestState):
         self._pieces, self._answer = pieces, answer
 
     def __iter__(self) -> Stream:

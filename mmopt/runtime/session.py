@@ -79,9 +79,9 @@ class StageSession:
         """Memory for an output of these inputs."""
         return Tensor.zeros(self.output_shape(name, inputs), self.outputs[name].dtype, self.device)
 
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Bound:
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> IoBinding:
         """Fix the memory of all inputs and outputs."""
-        return Bound(self, inputs, outputs)
+        return IoBinding(self, inputs, outputs)
 
     def output_shape(self, name: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Shape of an output whose free sizes are sizes of inputs."""
@@ -127,7 +127,7 @@ class Sessions(Mapping[str, StageSession]):
         return len(self._stages)
 
 
-class Bound:
+class IoBinding:
     """A session with its inputs and outputs bound to memory; `run` costs a few microseconds above the computation."""
 
     def __init__(self, stage: StageSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]):

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt.flow.frontier import Drift
+from mmopt.flow.frontier import DriftBudget
 from mmopt.ir.program import Program
-from mmopt.measure.quality import quality
+from mmopt.measure.quality import evaluate
 from mmopt.measure.statistics import Score
 from mmopt.measure.task import Task, quick
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
@@ -35,8 +35,8 @@ from mmopt.search.trials import Trials
 
 
 @dataclass(frozen=True)
-class Quality:
-    """A budget: the mean score on `task` falls by at most `drop` from that of the uncompressed program.
+class QualityBudget:
+    """A budget: the mean score on `task` falls by at most `max_drop` from that of the uncompressed program.
 
     limit: so many of the task's samples, drawn by `seed`; quick: so many of these are asked first, 0 for none. trials:
     plans to measure. keep_ratios, methods, position_ids, sites: what plans are made of, by default every method at
@@ -54,7 +54,7 @@ class Quality:
     """
 
     task: Task
-    drop: float = 0.01
+    max_drop: float = 0.01
     limit: int | None = None
     quick: int = 64
     trials: int = 30
@@ -64,7 +64,7 @@ class Quality:
     position_ids: Sequence[str] = ("keep",)
     sites: Sequence[str] | None = None
     store: str | Path | None = None
-    flow: Drift | None = None
+    flow: DriftBudget | None = None
     timed: bool = False
     frontier: bool = False
     runner: Runner | None = None
@@ -72,8 +72,8 @@ class Quality:
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
             raise ValueError(f"task is {self.task!r}, expected a mmopt.Task")
-        if not _number(self.drop) or not 0 <= self.drop < 1:
-            raise ValueError(f"drop is {self.drop!r}, expected a share from 0 to 1, such as 0.01")
+        if not _number(self.max_drop) or not 0 <= self.max_drop < 1:
+            raise ValueError(f"max_drop is {self.max_drop!r}, expected a share from 0 to 1, such as 0.01")
         least = {"limit": 1, "quick": 0, "trials": 1, "seed": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -94,11 +94,11 @@ class Quality:
         for position_ids in self.position_ids:
             if position_ids not in ("keep", "renumber"):
                 raise ValueError(f"position_ids holds {position_ids!r}, expected keep or renumber")
-        if self.flow is not None and not isinstance(self.flow, Drift):
-            raise ValueError(f"flow is {self.flow!r}, expected a mmopt.Drift")
+        if self.flow is not None and not isinstance(self.flow, DriftBudget):
+            raise ValueError(f"flow is {self.flow!r}, expected a mmopt.DriftBudget")
 
     def __str__(self) -> str:
-        return f"a drop of at most {self.drop:g}"
+        return f"a drop of at most {self.max_drop:g}"
 
     @property
     def asked(self) -> Task:
@@ -108,17 +108,8 @@ class Quality:
     def to_json(self) -> dict[str, Any]:
         """What decides which trials are made and how they come out."""
         names = (
-            "drop",
-            "limit",
-            "quick",
-            "seed",
-            "keep_ratios",
-            "methods",
-            "position_ids",
-            "sites",
-            "timed",
-            "frontier",
-        )
+            "max_drop", "limit", "quick", "seed", "keep_ratios", "methods", "position_ids", "sites", "timed", "frontier"
+        )  # fmt: skip
         made = {k: getattr(self, k) for k in names} | {"task": self.task.name}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 
@@ -136,7 +127,7 @@ class SearchResult(Result):
 
 def search_quality(
     program: Program,
-    budget: Quality,
+    budget: QualityBudget,
     passes: Sequence[Pass] | None = None,
     check: bool | None = None,
     observers: Sequence[Observer] = (),
@@ -150,7 +141,7 @@ def search_quality(
     """
     exact = default_passes() if passes is None else list(passes)
     if budget.flow is not None and not program.schedules.image:
-        raise ValueError(f"a budget of drift is for programs that paint; {program.info.family} paints no images")
+        raise ValueError(f"a budget of drift is for programs that paint; {program.info.family} generates no images")
     if budget.flow is not None and not prompts:
         raise ValueError("a budget of drift needs prompts of the form that will be painted, found none")
 
@@ -178,7 +169,7 @@ def search_quality(
     return SearchResult(plans.with_plan(made.program, plan), made.reports, found)
 
 
-def candidates(budget: Quality, sites: Sequence[str]) -> tuple[list[Candidate], list[list[Candidate]]]:
+def candidates(budget: QualityBudget, sites: Sequence[str]) -> tuple[list[Candidate], list[list[Candidate]]]:
     """All that can be tried; and for each of the first trials what it can be, in order: the baselines that are hard to
     beat, pooling as late as it saves anything and smaller images. Raises ValueError for a method that is not known.
     """
@@ -207,7 +198,7 @@ def candidates(budget: Quality, sites: Sequence[str]) -> tuple[list[Candidate], 
 class _Measuring:
     """A search as it goes on: the uncompressed program and its score, and what is measured against them."""
 
-    def __init__(self, program: Program, budget: Quality, exact: Sequence[Pass], stack: ExitStack):
+    def __init__(self, program: Program, budget: QualityBudget, exact: Sequence[Pass], stack: ExitStack):
         if not program.has_weights:
             raise ValueError("this program has shapes only, no weights: its quality cannot be measured")
         self.program, self.budget, self.exact, self.stack = program, budget, exact, stack
@@ -246,7 +237,7 @@ class _Measuring:
             self.trials.add(candidate, row.to_json(), value, row.pruned)
         rows = [Row.from_json(r) for r in self.trials.rows]
         cost = "time to the first token" if budget.timed else "FLOPs up to the first token"
-        return Search(self.task.name, budget.drop, str(budget), cost, self.full, rows, left)
+        return Search(self.task.name, budget.max_drop, str(budget), cost, self.full, rows, left)
 
     def _bar(self) -> float:
         """The cost from which on a plan cannot be chosen any more."""
@@ -262,7 +253,7 @@ class _Measuring:
         if known is None or self.budget.timed:
             self.runner = self.stack.enter_context(answering(program, self.budget.runner))
         if known is None:
-            known = {"score": dataclasses.asdict(quality(self.runner, self.task)), "seconds": None}
+            known = {"score": dataclasses.asdict(evaluate(self.runner, self.task)), "seconds": None}
             if self.budget.timed:
                 known["seconds"] = statistics.median(first_token(self.shown, self.runner)[0])
             self.trials.remember("uncompressed", known)
@@ -278,7 +269,7 @@ class _Measuring:
             score, pruned = self._score(runner)
             times = first_token(self.shown, self.runner, runner) if budget.timed else ()
         found, interval = compared(score, chosen(self.score, score.ids))
-        told = NOT_MET if pruned else verdict(found.mean, interval, budget.drop)
+        told = NOT_MET if pruned else verdict(found.mean, interval, budget.max_drop)
         of = self.sites[candidate.site].rows
         seconds = statistics.median(times[1]) if times else None
         cost = statistics.median(b / a for a, b in zip(*times, strict=True)) if times else count / self.flops
@@ -290,12 +281,12 @@ class _Measuring:
     def _score(self, runner: Engine | Program) -> tuple[Score, bool]:
         """Answers to all samples, or to a few if these are enough to tell that the budget is not kept."""
         if self.few is None:
-            return quality(runner, self.task), False
-        score = quality(runner, self.few)
+            return evaluate(runner, self.task), False
+        score = evaluate(runner, self.few)
         _, (_, high) = compared(score, chosen(self.score, score.ids))
-        if high < -self.budget.drop:
+        if high < -self.budget.max_drop:
             return score, True
         rest = [s for s in self.task.samples if s.id not in score.ids]
-        more = quality(runner, dataclasses.replace(self.task, samples=rest))
+        more = evaluate(runner, dataclasses.replace(self.task, samples=rest))
         both = {k: getattr(score, k) + getattr(more, k) for k in LISTS} | {"seconds": score.seconds + more.seconds}
         return chosen(dataclasses.replace(score, **both), self.score.ids), False

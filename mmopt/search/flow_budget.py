@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmopt.flow.fit_program import fit_flow_schedule, read_prompts, reduce_to_budget
-from mmopt.flow.frontier import Drift, frontier_text
+from mmopt.flow.fit_program import fit_flow_plan, read_prompts, reduce_to_budget
+from mmopt.flow.frontier import DriftBudget, frontier_text
 from mmopt.ir.program import Program
 from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from mmopt.pipeline import Result
@@ -22,13 +22,13 @@ def keep_fits(
     The first of `steps` is the one to paint by when nothing else is asked for. Raises ValueError that names the file.
     """
     if not program.schedules.image:
-        raise ValueError(f"plans are fitted to programs that paint; {program.info.family} paints no images")
+        raise ValueError(f"plans are fitted to programs that paint; {program.info.family} generates no images")
     prompts = read_prompts(path)
     fits = []
     for n in steps:
         tell(n)
         held = prompts[1::2] or prompts
-        fits.append(fit_flow_schedule(program, prompts[::2], n, held_out=held, form=path.stem, polish=polish))
+        fits.append(fit_flow_plan(program, prompts[::2], n, held_out=held, form=path.stem, polish=polish))
     made, report = ReduceFlowSteps(fits[0].plan, [f.plan for f in fits])(program)
     for found in fits:
         report.did(str(found))
@@ -37,10 +37,12 @@ def keep_fits(
     return made, report
 
 
-def within(result: Result, budget: Drift, prompts: Sequence[str | Sequence[int]]) -> Result:
+def within(result: Result, budget: DriftBudget, prompts: Sequence[str | Sequence[int]]) -> Result:
     """A Program that paints, with the cheapest plan that keeps a budget of drift."""
     if not result.program.schedules.image:
-        raise ValueError(f"a budget of drift is for programs that paint; {result.program.info.family} paints no images")
+        raise ValueError(
+            f"a budget of drift is for programs that paint; {result.program.info.family} generates no images"
+        )
     choice, rows = reduce_to_budget(result.program, prompts, budget)
     plan = choice.row.plan
     made, report = ReduceFlowSteps(plan, [plan] if plan.name.startswith("fitted") else [])(result.program)

@@ -109,7 +109,7 @@ def _compress(given: dict[str, Any], program: Program | None) -> Pass:
 def _reduce(given: dict[str, Any], program: Program | None) -> Pass:
     _arguments(REDUCE, given, ("plan",), ("fitted",))
     if program is not None and not program.schedules.image:
-        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info.family} paints no images")
+        raise ValueError(f"plan: {REDUCE} is for programs that paint; {program.info.family} generates no images")
     return ReduceFlowSteps(FlowPlan.from_json(given["plan"]), [FlowPlan.from_json(f) for f in given.get("fitted", [])])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmopt.measure.statistics import Difference, Score, paired
+from mmopt.measure.statistics import Difference, Score, compare_scores
 from mmopt.report import grouped, number, png_figure, save_png
 from mmopt.search.plan import compression
 from mmopt.spec.files import save_json
@@ -76,13 +76,13 @@ class Row:
 
 
 def compared(a: Score, b: Score) -> tuple[Difference, Interval]:
-    """`mmopt.paired`, and an interval that few samples cannot make too narrow.
+    """`mmopt.compare_scores`, and an interval that few samples cannot make too narrow.
 
     A bootstrap of samples that all came out alike is a point, however few they are. The interval returned covers it and
     that of Agresti and Min (2005, Statistics in Medicine 24): two samples are added, half of one won and half of one
     lost, and the errors taken as normal.
     """
-    found = paired(a, b)
+    found = compare_scores(a, b)
     d = [x - y for x, y in zip(a.scores, b.scores, strict=True)]
     n = len(d) + 2
     mean, square = sum(d) / n, (sum(x * x for x in d) + 1) / n

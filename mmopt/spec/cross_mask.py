@@ -1,6 +1,6 @@
 """Which images each row of a text sees, where images lie outside the text; on the host, needs no torch and no model.
 
-An image is one or more blocks of rows (tiles). Blocks of a sample are numbered through, image by image.
+An image is one or more blocks of rows (tiles). TileView of a sample are numbered through, image by image.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import numpy as np
 from mmopt.spec.model_info import Cross
 
 # Inputs of a language model that the host makes anew for each call: what the rows of this call see.
-PER_CALL = ("seen", "attends", "sees", "segment_rows", "row_segments", "key_mask")
-Seen = tuple[int, ...] | None  # blocks that a row sees; () sees none and weighs all keys the same; None gets zeros
+CROSS_INPUTS = ("seen", "attends", "sees", "segment_rows", "row_segments", "key_mask")
+VisibleTiles = (
+    tuple[int, ...] | None
+)  # blocks that a row sees; () sees none and weighs all keys the same; None gets zeros
 
 
 class Before(tuple):
     """All blocks of a sample, for rows before its first image that attend to everything but count as seeing nothing."""
 
 
-class Sight:
+class CrossMask:
     """What one sample's rows see, from the first row on. cross, image_id: those of a `mmopt.spec.model_info.ModelInfo`.
 
     images: how many the sample has, whether or not its text has as many markers. tiles: blocks of each image that count
@@ -35,18 +37,18 @@ class Sight:
             raise ValueError(f"tiles are {self.tiles}, expected {images} numbers from 1 to {self.cross.tiles}")
         self.markers, self._after_marker = before, False
         everything = images and self.cross.leading_text == "all_images"
-        self.now: Seen = Before(range(images * self.cross.tiles)) if everything else None
+        self.now: VisibleTiles = Before(range(images * self.cross.tiles)) if everything else None
         if before:
             self.now = self._image(before - 1)
 
-    def _image(self, i: int) -> Seen:
-        """Blocks of image i; a marker without an image sees none."""
+    def _image(self, i: int) -> VisibleTiles:
+        """TileView of image i; a marker without an image sees none."""
         first = i * self.cross.tiles
         return tuple(range(first, first + self.tiles[i])) if i < self.images else ()
 
-    def read(self, ids: Sequence[int]) -> list[Seen]:
+    def read(self, ids: Sequence[int]) -> list[VisibleTiles]:
         """The next rows of the prompt."""
-        rows: list[Seen] = []
+        rows: list[VisibleTiles] = []
         for token in ids:
             marker = token == self.image_id
             if marker:
@@ -58,21 +60,21 @@ class Sight:
             rows.append(self.now)
         return rows
 
-    def decode(self, token: int) -> Seen:
+    def decode(self, token: int) -> VisibleTiles:
         """The row of a token fed while decoding: a marker shows no new image."""
         if token == self.image_id and self.cross.marker_resets:
             self.now = self._image(0)
         return self.now
 
 
-def visible(
+def visible_tiles(
     ids: Sequence[int], images: int, cross: Cross, image_id: int, before: int = 0, tiles: Sequence[int] | None = None
-) -> list[Seen]:
-    """What each row of a prompt sees; see `Sight`."""
-    return Sight(cross, image_id, images, tiles, before).read(ids)
+) -> list[VisibleTiles]:
+    """What each row of a prompt sees; see `CrossMask`."""
+    return CrossMask(cross, image_id, images, tiles, before).read(ids)
 
 
-def masks(rows: Sequence[Seen], blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def masks(rows: Sequence[VisibleTiles], blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(seen ``[n, blocks]``, attends ``[n]``, sees ``[n]``): which blocks, whether at all, whether any."""
     seen = np.zeros((len(rows), blocks), np.bool_)
     for i, row in enumerate(rows):
@@ -93,7 +95,7 @@ class Segments:
     row_segments: np.ndarray
 
 
-def segments(samples: Sequence[Sequence[Seen]], keys: int) -> Segments:
+def segments(samples: Sequence[Sequence[VisibleTiles]], keys: int) -> Segments:
     """Put rows that see the same together, for samples of equally many rows; `keys`: rows of a block (its cost).
 
     All segments take the length of the longest, so longer ones are cut where that costs less. With nothing to see there
@@ -122,10 +124,10 @@ def segments(samples: Sequence[Sequence[Seen]], keys: int) -> Segments:
     return Segments([key for key, _ in pieces], segment_rows, row_segments.reshape(len(samples), n))
 
 
-def seen_inputs(samples: Sequence[Sequence[Seen]], blocks: int) -> dict[str, np.ndarray]:
+def seen_inputs(samples: Sequence[Sequence[VisibleTiles]], blocks: int) -> dict[str, np.ndarray]:
     """`masks` of several samples as inputs of a language model, by name, a row for each sample."""
     each = [masks(rows, blocks) for rows in samples]
-    return {name: np.stack([m[i] for m in each]) for i, name in enumerate(PER_CALL[:3])}
+    return {name: np.stack([m[i] for m in each]) for i, name in enumerate(CROSS_INPUTS[:3])}
 
 
 def segment_inputs(chosen: Segments, keys: int) -> dict[str, np.ndarray]:

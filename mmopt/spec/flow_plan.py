@@ -78,7 +78,7 @@ class FlowPlan:
         return len(self.times)
 
     @property
-    def passes(self) -> int:
+    def forwards(self) -> int:
         """Passes of one sample through the network: two for a guided evaluation, one for another."""
         return self.evaluations + int(self.guided.sum())
 

@@ -1,4 +1,4 @@
-"""Runs the painting schedule of a Program or an engine: prompts and noise in, latents and images out.
+"""Runs the image schedule of a Program or an engine: prompts and noise in, latents and images out.
 
 The samples of a painting of G images are 2 G rows of a batch: the G conditional ones, then the G unconditional ones,
 which see of the prompt its first token alone. Guidance and the solver are arithmetic on latents, outside all graphs.
@@ -81,8 +81,8 @@ def lay_out(prompts: Sequence[Sequence[int]], flow: Flow, capacity: int, vocab_s
     return Samples(ids, seen, begin, np.concatenate([lengths, alone]), offset, after)
 
 
-class Painter:
-    """Follows a painting schedule. Subclasses say how a stage runs; values are arrays of any library with slices.
+class FlowSampler:
+    """Follows a image schedule. Subclasses say how a stage runs; values are arrays of any library with slices.
 
     inputs: stage -> names of its inputs -> shapes. `trips` is called after each evaluation with its number and latents.
     """
@@ -106,7 +106,7 @@ class Painter:
     def expand(self, x: Any, samples: int) -> Any:
         raise NotImplementedError
 
-    def paint(self, noise: Any) -> Any:
+    def sample(self, noise: Any) -> Any:
         """The latents at the end of the schedule, from float32 noise ``[G, c, h, w]``."""
         self.values["latents"] = noise
         for item in self.schedule:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmopt.spec.model_info import ModelInfo
 
-LEFT_OUT = ("left_out_before", "left_out", "left_out_late")  # what `told_of_images` tells
+POSITION_DELTAS = ("position_delta_before", "position_delta", "cache_delta")  # what `position_deltas` tells
 
 
 @dataclass(frozen=True)
@@ -20,27 +20,27 @@ class Chunk:
     ids: tuple[int, ...]
 
 
-def count_rows(prompt: Sequence[int], info: ModelInfo) -> int:
+def count_tokens(prompt: Sequence[int], info: ModelInfo) -> int:
     """Rows a prompt takes in the cache: one for each token, `tokens_per_image` for each image."""
     images = sum(1 for t in prompt if t == info.image_id)
     return len(prompt) + images * (info.tokens_per_image - 1)
 
 
-def left_out(prompt: Sequence[int], info: ModelInfo) -> int:
+def empty_positions(prompt: Sequence[int], info: ModelInfo) -> int:
     """Rows of a prompt's images that were left out of the cache, at whose positions nothing stands."""
     return info.position_delta * sum(1 for t in prompt if t == info.image_id)
 
 
-def told_of_images(before: Any, after: Any, info: ModelInfo) -> dict[str, Any]:
+def position_deltas(before: Any, after: Any, info: ModelInfo) -> dict[str, Any]:
     """What the language model is told of rows that were left out: of so many images before a call and after it.
 
-    left_out: rows whose positions stay empty; left_out_late: rows that its later layers do not hold.
+    left_out: rows whose positions stay empty; cache_delta: rows that its later layers do not hold.
     """
     every, late = info.position_delta, info.cache_delta
-    return dict(zip(LEFT_OUT, (before * every, after * every, before * late), strict=True))
+    return dict(zip(POSITION_DELTAS, (before * every, after * every, before * late), strict=True))
 
 
-def plan(
+def layout_prompts(
     prompts: Sequence[Sequence[int]], info: ModelInfo, new_tokens: int, images: Sequence[int] | None = None
 ) -> list[Chunk]:
     """Prompts (ids with ``info.image_id`` where an image stands) -> chunks, sample by sample, in order.
@@ -72,13 +72,13 @@ def plan(
         count = sum(1 for t in prompt if t == info.image_id) if images is None else images[sample]
         if count > info.images:
             raise ValueError(f"prompt {sample} has {count} images, but this program was made for at most {info.images}")
-        rows = count_rows(prompt, info)
+        rows = count_tokens(prompt, info)
         if rows + new_tokens - 1 > info.context:
             raise ValueError(
                 f"prompt {sample} takes {rows} rows and {new_tokens} new tokens are asked for, but the cache holds "
                 f"{info.context}; trace with a larger context or ask for fewer tokens"
             )
-        reach = rows + left_out(prompt, info) + new_tokens - 1
+        reach = rows + empty_positions(prompt, info) + new_tokens - 1
         if info.positions is not None and reach > info.positions:
             raise ValueError(
                 f"prompt {sample} reaches position {reach}, rows of images that were left out counted, but the model "
@@ -103,4 +103,4 @@ def plan(
     return chunks
 
 
-LATE = "left_out_late"
+LATE = "cache_delta"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmopt.conformance import replay as cases
 from mmopt.conformance.read import read_cases
-from mmopt.conformance.replay import judge, passed, replay
+from mmopt.conformance.replay import judge, passed, verify
 from mmopt.conformance.table import table
 from mmopt.frontend.load import from_config, load
 
@@ -24,7 +24,7 @@ PROMPTS += ["mm_single", "mm_two_images", "text_only"]
 
 @pytest.fixture(scope="module")
 def result():
-    return replay(GOLDEN, FILES)
+    return verify(GOLDEN, FILES)
 
 
 def compared(result, case, point):
@@ -90,7 +90,7 @@ def test_left_padding_is_compared_where_the_reference_is_right(result):
 
 def test_half_precision_reports_ids_without_judging_them():
     files = [GOLDEN / "text_only.safetensors", GOLDEN / "batch_right_pad.safetensors"]
-    found = replay(GOLDEN, files, dtype="bfloat16", at=("model", "program", "engine"))
+    found = verify(GOLDEN, files, dtype="bfloat16", at=("model", "program", "engine"))
     assert passed(found)
     assert {r["point"] for r in found["rows"]} == {"model", "program"}
     assert any(n["point"] == "engine" and "bfloat16" in n["reason"] for n in found["not_compared"])
@@ -109,7 +109,7 @@ def test_changed_recordings_are_not_ok_at_every_point(tmp_path):
         t["out.greedy.final_kv_cache.2.value"][0, 0, -1, 0] -= 1e-2
         t["out.prepare.inputs_embeds"][0, 8, 0] += 1e-2  # a row of the image
 
-    found = replay(GOLDEN, [changed(tmp_path, "mm_single", change)])
+    found = verify(GOLDEN, [changed(tmp_path, "mm_single", change)])
     outputs = {
         "out.logits",
         "out.greedy.token_ids",
@@ -140,7 +140,7 @@ def test_changed_loss_taps_masks_and_images_are_not_ok(tmp_path):
         t["out.logits"][1, 3, 0] += 1e-2  # not the last row
         t["out.logits"][1, -1, 0] += 1  # padding
 
-    found = replay(GOLDEN, [changed(tmp_path, "batch_ragged_labels", change)], at=("model", "program"))
+    found = verify(GOLDEN, [changed(tmp_path, "batch_ragged_labels", change)], at=("model", "program"))
     prepared = {f"out.prepare.{k}" for k in ("labels", "attention_mask", "modality_indicators")}
     rows = {"out.loss", "out.logits"}
     assert bad(found) == {("model", o) for o in prepared | rows | {"out.hidden.3"}} | {("program", o) for o in rows}
@@ -149,13 +149,13 @@ def test_changed_loss_taps_masks_and_images_are_not_ok(tmp_path):
         t["out.abstractor.layers.1.normk"][0, 0, 0] += 1e-2
         t["out.abstractor.last_hidden_state"] += 1e-2
 
-    found = replay(GOLDEN, [changed(tmp_path, "vision", change_images)], at=("model",))
+    found = verify(GOLDEN, [changed(tmp_path, "vision", change_images)], at=("model",))
     assert {o for _, o in bad(found)} == {"out.abstractor.layers.1.normk", "out.abstractor.last_hidden_state"}
 
     def change_pixels(t):
         t["out.wide_pad"][0, 0, 0] += 1e-2
 
-    found = replay(GOLDEN, [changed(tmp_path, "preprocess", change_pixels)], at=("model",))
+    found = verify(GOLDEN, [changed(tmp_path, "preprocess", change_pixels)], at=("model",))
     assert bad(found) == {("model", "out.wide_pad")}
 
 
@@ -164,7 +164,7 @@ def test_a_run_that_fails_is_a_row_that_is_not_ok(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("mmopt.frontend.trace.trace", broken)
-    found = replay(GOLDEN, [GOLDEN / "text_only.safetensors"])
+    found = verify(GOLDEN, [GOLDEN / "text_only.safetensors"])
     assert bad(found) == {("program", "run"), ("optimized", "run"), ("engine", "run")}
     assert any("no such kernel" in n["reason"] for n in found["not_compared"])
     assert "failed NOT OK" in table(found)
@@ -177,7 +177,7 @@ def test_wrong_weights_are_not_ok(tmp_path):
     save_file(mixed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text())
     for dtype in ("float32", "bfloat16"):
-        found = replay(tmp_path, [GOLDEN / "mm_single.safetensors"], at=("model",), dtype=dtype)
+        found = verify(tmp_path, [GOLDEN / "mm_single.safetensors"], at=("model",), dtype=dtype)
         assert ("model", "out.logits") in bad(found)
         assert ("model", "out.prepare.inputs_embeds") not in bad(found)
 
@@ -203,31 +203,31 @@ def test_unknown_names(tmp_path):
     def change(t):
         t["out.attention_probabilities"] = torch.zeros(1)
 
-    found = replay(GOLDEN, [changed(tmp_path, "text_only", change)], at=("model",))
+    found = verify(GOLDEN, [changed(tmp_path, "text_only", change)], at=("model",))
     assert passed(found)
     assert [n["output"] for n in found["not_compared"]] == ["out.attention_probabilities"]
     assert "not an output that this version knows" in found["not_compared"][0]["reason"]
 
     with pytest.raises(ValueError, match=r"text_only: unknown input in\.position_ids"):
-        replay(GOLDEN, [changed(tmp_path, "text_only", lambda t: t.update({"in.position_ids": torch.zeros(1)}))])
+        verify(GOLDEN, [changed(tmp_path, "text_only", lambda t: t.update({"in.position_ids": torch.zeros(1)}))])
     save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign\.safetensors.*in\.\* and out\.\*, found w"):
-        replay(GOLDEN, [tmp_path / "foreign.safetensors"])
+        verify(GOLDEN, [tmp_path / "foreign.safetensors"])
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text\.safetensors: cannot be read"):
-        replay(GOLDEN, [tmp_path / "text.safetensors"])
+        verify(GOLDEN, [tmp_path / "text.safetensors"])
     with pytest.raises(ValueError, match="no recorded case"):
-        replay(GOLDEN, [GOLDEN / "model.safetensors"])
+        verify(GOLDEN, [GOLDEN / "model.safetensors"])
     with pytest.raises(ValueError, match="expected some of model, program, optimized, engine, found middle"):
-        replay(GOLDEN, FILES, at=("model", "middle"))
+        verify(GOLDEN, FILES, at=("model", "middle"))
     with pytest.raises(ValueError, match="dtype"):
-        replay(GOLDEN, FILES, dtype="int4")
+        verify(GOLDEN, FILES, dtype="int4")
 
 
 def test_a_case_that_compares_nothing_does_not_pass(tmp_path):
     path = tmp_path / "empty.safetensors"
     save_file({"in.input_ids": torch.tensor([[1, 5]]), "out.unknown": torch.zeros(2)}, path)
-    found = replay(GOLDEN, [path], at=("model",))
+    found = verify(GOLDEN, [path], at=("model",))
     assert not found["rows"]
     assert not passed(found)
     assert "nothing was compared" in table(found)
@@ -236,16 +236,16 @@ def test_a_case_that_compares_nothing_does_not_pass(tmp_path):
 def test_inputs_that_do_not_fit(tmp_path):
     path = changed(tmp_path, "mm_single", lambda t: t.pop("in.pixel_values"))
     with pytest.raises(ValueError, match="mm_single: sample 0 needs image 0, but 0 were recorded"):
-        replay(GOLDEN, [path])
+        verify(GOLDEN, [path])
     path = changed(tmp_path, "batch_right_pad", lambda t: t.update({"in.attention_mask": torch.ones(2, 3)}))
     with pytest.raises(ValueError, match=r"expected in.attention_mask of shape \(2, 15\), found \(2, 3\)"):
-        replay(GOLDEN, [path])
+        verify(GOLDEN, [path])
     path = changed(tmp_path, "text_only", lambda t: t.update({"out.hidden.9": t.pop("out.hidden.1")}))
-    found = replay(GOLDEN, [path], at=("model",))
+    found = verify(GOLDEN, [path], at=("model",))
     assert bad(found) == {("model", "run")}
     assert "no module model.layers.8" in found["not_compared"][0]["reason"]
     path = changed(tmp_path, "text_only", lambda t: t.update({"out.logits": t["out.logits"][:, 1:]}))
-    assert bad(replay(GOLDEN, [path], at=("model",))) == {("model", "run")}
+    assert bad(verify(GOLDEN, [path], at=("model",))) == {("model", "run")}
 
 
 def test_a_prompt_that_ends_with_an_image(tmp_path):
@@ -260,7 +260,7 @@ def test_a_prompt_that_ends_with_an_image(tmp_path):
             if t[k] is None:
                 del t[k]
 
-    found = replay(GOLDEN, [changed(tmp_path, "mm_single", change)], at=("model", "program"))
+    found = verify(GOLDEN, [changed(tmp_path, "mm_single", change)], at=("model", "program"))
     assert [(r["point"], r["output"], r["ok"]) for r in found["rows"]] == [("model", "out.logits", True)]
     assert "ends with an image" in found["not_compared"][0]["reason"]
 
@@ -369,7 +369,7 @@ def grouped_cases(grouped):
 
 def test_grouped_heads_and_other_sizes_at_every_point(grouped, grouped_cases):
     lines: list[str] = []
-    found = replay(grouped, grouped_cases, progress=lines.append)
+    found = verify(grouped, grouped_cases, progress=lines.append)
     assert passed(found), table(found)
     for point in cases.POINTS:
         for name in ("stacks", "list"):

@@ -10,7 +10,7 @@ from library_models import RECORDED, loaded, reference
 from safetensors.torch import load_file, save_file
 
 from mmopt.conformance import replay as cases
-from mmopt.conformance.replay import passed, replay
+from mmopt.conformance.replay import passed, verify
 from mmopt.conformance.table import table
 from mmopt.frontend.load import from_config, load
 
@@ -28,7 +28,7 @@ def files(family):
 
 @pytest.fixture(scope="module", params=COUNTS)
 def replayed(request):
-    return request.param, replay(RECORDED / request.param, files(request.param))
+    return request.param, verify(RECORDED / request.param, files(request.param))
 
 
 def compared(result, case, point):
@@ -105,7 +105,7 @@ def test_what_is_compared_where(replayed):
 
 @pytest.mark.parametrize("family", COUNTS)
 def test_half_precision(family):
-    found = replay(RECORDED / family, files(family), dtype="bfloat16", at=("model", "program"))
+    found = verify(RECORDED / family, files(family), dtype="bfloat16", at=("model", "program"))
     assert passed(found), table(found)
     errors = [r["max_rel"] for r in found["rows"] if r["output"] == "logits"]
     assert min(errors) > 1e-3  # it did run in half precision
@@ -125,7 +125,7 @@ def test_changed_recordings_are_not_ok_at_every_point(tmp_path):
         t["mask.text_to_image_mask"][0, 3, 1] = 1
         t["mask.row_without_media"][0, 1] = 0
 
-    found = replay(RECORDED / "openflamingo", [changed(tmp_path, "openflamingo", "batch2", change)])
+    found = verify(RECORDED / "openflamingo", [changed(tmp_path, "openflamingo", "batch2", change)])
     everywhere = {"logits", "generated_ids_cached", "gen_logits_nocache", "act.perceiver.out"}
     everywhere |= {"mask.text_time", "mask.text_to_image_mask", "mask.row_without_media"}
     inner = {("model", "act.xattn3.attn_pregate"), ("model", "act.vit.block1")}
@@ -153,7 +153,7 @@ def test_changed_special_cases_are_not_ok(tmp_path):
 
     names = {"cached_media": media, "edge_image_token_in_decode": token, "video_perceiver": video}
     paths = [changed(tmp_path, "openflamingo", name, change) for name, change in names.items()]
-    found = replay(RECORDED / "openflamingo", paths, at=("model", "program"))
+    found = verify(RECORDED / "openflamingo", paths, at=("model", "program"))
     both = {f"text_only_logits_{k}" for k in ("no_past", "with_past_stepwise", "with_past_block")}
     both |= {"full_sequence_logits", "use_cached_text_time", "decode_logits", "decode_text_time", "vit_tokens"}
     both |= {"main_perceiver_out", "out", "out_first_frame_only"}
@@ -164,14 +164,14 @@ def test_other_sight_and_inputs_are_not_ok(tmp_path):
     def tiles(t):
         t["in.aspect_ratio_ids"][0, 1] = 1  # was 2
 
-    found = replay(RECORDED / "mllama", [changed(tmp_path, "mllama", "two_images", tiles)], at=("model", "program"))
+    found = verify(RECORDED / "mllama", [changed(tmp_path, "mllama", "two_images", tiles)], at=("model", "program"))
     for point in ("model", "program"):
         assert {(point, "act.vision.out"), (point, "logits")} <= bad(found)
 
     def mask(t):  # the second image is seen from the start
         t["in.image_attention_mask"][0, 5:, 1] = 1
 
-    found = replay(RECORDED / "idefics", [changed(tmp_path, "idefics", "fewshot3", mask)], at=("model", "program"))
+    found = verify(RECORDED / "idefics", [changed(tmp_path, "idefics", "fewshot3", mask)], at=("model", "program"))
     assert ("model", "logits") in bad(found)  # the model goes by the mask of the case
     assert not compared(found, "fewshot3", "program")
     assert "not the one that follows from its ids" in reasons(found, "program")["logits"]
@@ -180,7 +180,7 @@ def test_other_sight_and_inputs_are_not_ok(tmp_path):
 
 def test_ln_post(tmp_path):
     """The option changes the rows: what was recorded without it no longer fits, what was recorded of it does."""
-    found = replay(
+    found = verify(
         RECORDED / "openflamingo",
         [RECORDED / "openflamingo/single.safetensors"],
         at=("model",),
@@ -217,7 +217,7 @@ def test_a_checkpoint_in_parts(tmp_path):
         "vision_heads": 2,
         **special,
     }
-    found = replay(tmp_path / "trained.safetensors", [folder / "single.safetensors"], load_options=options)
+    found = verify(tmp_path / "trained.safetensors", [folder / "single.safetensors"], load_options=options)
     assert passed(found), table(found)
     assert all("gen_logits_cached" in compared(found, "single", p) for p in cases.POINTS)
 
@@ -225,21 +225,21 @@ def test_a_checkpoint_in_parts(tmp_path):
 def test_files_that_are_not_cases(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign\.safetensors.*expected tensors named vision_x.*found w"):
-        replay(RECORDED / "openflamingo", [tmp_path / "foreign.safetensors"])
+        verify(RECORDED / "openflamingo", [tmp_path / "foreign.safetensors"])
     path = changed(tmp_path, "idefics", "single", lambda t: t.update({"in.position_ids": torch.zeros(1, 14)}))
     with pytest.raises(ValueError, match=r"single: unknown input in\.position_ids"):
-        replay(RECORDED / "idefics", [path])
+        verify(RECORDED / "idefics", [path])
     path = changed(tmp_path, "openflamingo", "single", lambda t: t.update(vision_x=torch.zeros(2, 1, 1, 3, 42, 42)))
     with pytest.raises(ValueError, match=r"single: expected images \[1, images, .*found \(2, 1, 1, 3, 42, 42\)"):
-        replay(RECORDED / "openflamingo", [path])
+        verify(RECORDED / "openflamingo", [path])
     path = changed(tmp_path, "mllama", "two_images", lambda t: t.update({"in.aspect_ratio_ids": torch.ones(1, 3)}))
     with pytest.raises(ValueError, match=r"two_images: expected aspect_ratio_ids for each of 2 images"):
-        replay(RECORDED / "mllama", [path])
+        verify(RECORDED / "mllama", [path])
     path = changed(tmp_path, "idefics", "fewshot3", lambda t: t["in.image_attention_mask"].resize_(1, 25, 2))
     with pytest.raises(ValueError, match=r"fewshot3: expected a mask of images of shape \(1, 25, 3\)"):
-        replay(RECORDED / "idefics", [path])
+        verify(RECORDED / "idefics", [path])
     path = changed(tmp_path, "openflamingo", "single", lambda t: t.update(attention_probabilities=torch.zeros(1)))
-    found = replay(RECORDED / "openflamingo", [path], at=("model",))
+    found = verify(RECORDED / "openflamingo", [path], at=("model",))
     assert passed(found)
     assert "not an output that this version knows" in reasons(found, "model")["attention_probabilities"]
 
@@ -301,14 +301,14 @@ def idefics_cases(tmp_path_factory):
 
 
 def test_idefics_of_other_sizes(idefics_cases):
-    found = replay(idefics_cases, [idefics_cases / "uneven.safetensors"])
+    found = verify(idefics_cases, [idefics_cases / "uneven.safetensors"])
     assert passed(found), table(found)
     for point in cases.POINTS:
         assert {"logits", "generated_ids_cached", "in.image_attention_mask"} <= compared(found, "uneven", point)
 
 
 def test_a_mask_that_does_not_follow_from_the_ids(idefics_cases):
-    found = replay(idefics_cases, [idefics_cases / "free_mask.safetensors"])
+    found = verify(idefics_cases, [idefics_cases / "free_mask.safetensors"])
     assert passed(found), table(found)
     assert {r["point"] for r in found["rows"]} == {"model"}
     assert {"logits", "generated_ids_cached"} <= compared(found, "free_mask", "model")
@@ -346,7 +346,7 @@ def mllama_cases(tmp_path_factory):
 
 
 def test_mllama_of_other_sizes(mllama_cases):
-    found = replay(mllama_cases, [mllama_cases / "uneven.safetensors"])
+    found = verify(mllama_cases, [mllama_cases / "uneven.safetensors"])
     assert passed(found), table(found)
     for point in cases.POINTS:
         assert {"logits", "generated_ids_cached", "in.cross_attention_mask"} <= compared(found, "uneven", point)
@@ -408,7 +408,7 @@ def test_a_marker_fed_to_one_sample_of_a_batch(flamingo, tmp_path):
         logits = by_hand(model, torch.cat([ids, fed], 1), pixels, torch.cat([time, fed_time], 1))
     case = {"vision_x": pixels, "prompt_lang_x": ids, "decode_ids": fed, "decode_text_time": fed_time}
     save_file(case | {"decode_logits": logits[:, 8:].contiguous()}, tmp_path / "touch.safetensors")
-    found = replay(flamingo, [tmp_path / "touch.safetensors"], at=("model", "program"))
+    found = verify(flamingo, [tmp_path / "touch.safetensors"], at=("model", "program"))
     assert passed(found), table(found)
     assert compared(found, "touch", "model") == {"decode_logits", "decode_text_time"}
     assert "samples do not touch" in reasons(found, "program")["decode_logits"]
@@ -416,7 +416,7 @@ def test_a_marker_fed_to_one_sample_of_a_batch(flamingo, tmp_path):
     # alone, each sample can be followed everywhere
     alone = {k: v[:1].contiguous() for k, v in case.items()} | {"decode_logits": logits[:1, 8:].contiguous()}
     save_file(alone, tmp_path / "alone.safetensors")
-    found = replay(flamingo, [tmp_path / "alone.safetensors"])
+    found = verify(flamingo, [tmp_path / "alone.safetensors"])
     assert passed(found), table(found)
     assert all(compared(found, "alone", p) == {"decode_logits", "decode_text_time"} for p in cases.POINTS)
 
@@ -446,7 +446,7 @@ def test_greedy_decoding_that_makes_a_marker(flamingo, tmp_path):
     for kind, (made, logits) in runs.items():
         case |= {f"generated_ids_{kind}": made.contiguous(), f"gen_logits_{kind}": logits.contiguous()}
     save_file(case, tmp_path / "marker.safetensors")
-    found = replay(tmp_path, [tmp_path / "marker.safetensors"])
+    found = verify(tmp_path, [tmp_path / "marker.safetensors"])
     assert passed(found), table(found)
     assert {"gen_logits_cached", "gen_logits_nocache"} <= compared(found, "marker", "model")
     for point in cases.POINTS[1:]:
@@ -476,12 +476,12 @@ def test_a_sample_that_ends_before_the_others(flamingo, tmp_path):
     made[1, ended:], chosen[1, ended:] = raw["model"]["pad_token_id"], 7.0
     case = {"vision_x": pixels, "lang_x": ids, "generated_ids_cached": made.contiguous()}
     save_file(case | {"gen_logits_cached": chosen.contiguous()}, tmp_path / "ended.safetensors")
-    found = replay(tmp_path, [tmp_path / "ended.safetensors"], at=("model", "program"))
+    found = verify(tmp_path, [tmp_path / "ended.safetensors"], at=("model", "program"))
     assert passed(found), table(found)
     assert "fills a sample up" in reasons(found, "program")["gen_logits_cached, after a sample's end"]
     chosen[1, ended - 1, 0] += 1e-2
     save_file(case | {"gen_logits_cached": chosen.contiguous()}, tmp_path / "ended.safetensors")
-    found = replay(tmp_path, [tmp_path / "ended.safetensors"], at=("model",))
+    found = verify(tmp_path, [tmp_path / "ended.safetensors"], at=("model",))
     assert bad(found) == {("model", "gen_logits_cached")}
 
 
@@ -494,7 +494,7 @@ def test_right_padding(flamingo, tmp_path):
         logits = by_hand(model, ids, pixels, (ids == model.image_id).cumsum(1), real.bool())
     case = {"vision_x": pixels, "lang_x": ids, "attention_mask": real, "logits": logits}
     save_file(case | {"generated_ids_cached": torch.zeros(2, 3).long()}, tmp_path / "right.safetensors")
-    found = replay(flamingo, [tmp_path / "right.safetensors"], at=("model", "program"))
+    found = verify(flamingo, [tmp_path / "right.safetensors"], at=("model", "program"))
     assert passed(found), table(found)
     for point in ("model", "program"):
         assert compared(found, "right", point) == {"logits"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mmopt.conformance import replay as cases
-from mmopt.conformance.replay import passed, replay
+from mmopt.conformance.replay import passed, verify
 from mmopt.conformance.run_model import read_model_cases
 from mmopt.conformance.table import table
 from mmopt.frontend.load import from_config, load
@@ -48,7 +48,7 @@ def made_once():
 
 @pytest.fixture(scope="module")
 def result(made_once):
-    return replay(RECORDED, FILES)
+    return verify(RECORDED, FILES)
 
 
 def compared(result, case, point):
@@ -121,12 +121,12 @@ def test_the_weights_are_named_as_no_case(result):
     assert [n["file"] for n in result["passed_over"]] == ["model.safetensors"]
     assert "passed over: model.safetensors: weights of the checkpoint, no case" in table(result)
     with pytest.raises(ValueError, match=r"no recorded case was given: model.safetensors"):
-        replay(RECORDED, [RECORDED / "model.safetensors"])
+        verify(RECORDED, [RECORDED / "model.safetensors"])
 
 
 def test_half_precision():
     files = [RECORDED / f"{name}.safetensors" for name in ("gen_s4_cfg5", "und_padded")]
-    found = replay(RECORDED, files, dtype="bfloat16", at=("model", "program", "engine"))
+    found = verify(RECORDED, files, dtype="bfloat16", at=("model", "program", "engine"))
     assert passed(found), table(found)
     assert {r["point"] for r in found["rows"]} == {"model", "program"}
     assert max(r["max_rel"] for r in found["rows"] if r["output"] == "out.z") > 1e-3  # it did run in half precision
@@ -137,10 +137,10 @@ def test_a_decoder_of_images_from_elsewhere_or_none_at_all(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(RECORDED / name, tmp_path)
     file = RECORDED / "gen_s4_cfg5.safetensors"
-    found = replay(tmp_path, [file], at=("model",), load_options={"vae": RECORDED / "vae"})
+    found = verify(tmp_path, [file], at=("model",), load_options={"vae": RECORDED / "vae"})
     assert passed(found)
     assert {"out.image", "out.vae_input"} <= compared(found, "gen_s4_cfg5", "model")
-    found = replay(tmp_path, [file], at=("model", "optimized"))
+    found = verify(tmp_path, [file], at=("model", "optimized"))
     assert passed(found)
     without = {n["output"] for n in found["not_compared"] if n["reason"] == "this model has no decoder of images"}
     assert without == {"out.image", "out.image_u8", "out.vae_input"}
@@ -162,7 +162,7 @@ def test_a_changed_painting_is_not_ok(tmp_path):
         t["out.first.llm_last_hidden"][3, -1, 0] += 1e-3
         t["in.prefix_embeds"][3, 0, 1] += 1e-3
 
-    found = replay(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)])
+    found = verify(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)])
     outputs = {"out.z", "out.image", "out.image_u8", "out.v_uncond", "out.last.v_cond", "out.first.v_guided", "out.t"}
     outputs |= {"out.t_emb", "out.first.enc_out", "out.first.llm_last_hidden", "in.prefix_embeds"}
     assert bad(found) == {(p, o) for p in cases.POINTS for o in outputs}
@@ -177,14 +177,14 @@ def test_what_no_one_reads_is_not_compared(tmp_path):
         t["in.prefix_embeds"][3, 2] += 5.0
         t["out.image_u8"][0, 0, 0, 0] ^= 1  # rounded down: one level off is the least error
 
-    assert passed(replay(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model", "program")))
+    assert passed(verify(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model", "program")))
 
 
 def test_many_levels_off_by_one_are_not_ok(tmp_path):
     def change(t):
         t["out.image_u8"][0] ^= 1
 
-    found = replay(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model",))
+    found = verify(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model",))
     assert bad(found) == {("model", "out.image_u8")}
 
 
@@ -193,7 +193,7 @@ def test_a_changed_mask_is_not_ok(tmp_path, at):
     def change(t):
         t["in.attention_mask"][at] = 1 - t["in.attention_mask"][at]
 
-    found = replay(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model", "program"))
+    found = verify(RECORDED, [changed(tmp_path, "gen_s4_cfg5", change)], at=("model", "program"))
     assert {("model", "in.attention_mask"), ("program", "in.attention_mask")} <= bad(found)
 
 
@@ -202,7 +202,7 @@ def test_wrong_guidance_is_not_ok(tmp_path):
     meta = json.loads((tmp_path / "meta.json").read_text())
     next(c for c in meta["gen_cases"] if c["name"] == "gen_s4_cfg5")["cfg_weight"] = 4.5
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    found = replay(RECORDED, [path], at=("model", "optimized"))
+    found = verify(RECORDED, [path], at=("model", "optimized"))
     assert {(p, o) for p in ("model", "optimized") for o in ("out.z", "out.image", "out.first.v_guided")} <= bad(found)
     assert ("model", "out.first.v_cond") not in bad(found)
 
@@ -214,9 +214,9 @@ def test_guidance_is_found_in_the_velocities(tmp_path, name, weight):
 
     path = changed(tmp_path, name, change, meta=False)
     case = read_model_cases([path], load(RECORDED))[0]
-    assert case.painting.plan.guidance == weight
-    assert case.painting.plan.evaluations == len(case.outputs["out.z"])
-    assert bad(replay(RECORDED, [path], at=("model",))) == {("model", "out.first.v_guided")}
+    assert case.generation.plan.guidance == weight
+    assert case.generation.plan.evaluations == len(case.outputs["out.z"])
+    assert bad(verify(RECORDED, [path], at=("model",))) == {("model", "out.first.v_guided")}
 
 
 def test_a_changed_prompt_with_images_is_not_ok(tmp_path):
@@ -229,7 +229,7 @@ def test_a_changed_prompt_with_images_is_not_ok(tmp_path):
         t["out.position_ids"][1, -1] += 1
         t["out.vit_block0_out"][0, 0, 0] += 1e-3
 
-    found = replay(RECORDED, [changed(tmp_path, "und_padded", change)])
+    found = verify(RECORDED, [changed(tmp_path, "und_padded", change)])
     seen = {"out.aligner_out", "out.prefill_logits", "out.step_logits", "out.generated_ids"}
     inner = {("model", "out.position_ids"), ("model", "out.vit_block0_out")}
     assert bad(found) == {(p, o) for p in cases.POINTS for o in seen} | inner
@@ -240,11 +240,11 @@ def test_pictures_by_their_own_mean(tmp_path):
         t["out.portrait"][2, 3, 3] += 1e-3
 
     outputs = {"out.portrait"}
-    assert bad(replay(RECORDED, [changed(tmp_path, "preprocess", change)], at=("model",))) == {
+    assert bad(verify(RECORDED, [changed(tmp_path, "preprocess", change)], at=("model",))) == {
         ("model", o) for o in outputs
     }
     (tmp_path / "meta.json").unlink()  # nothing says that one picture has another mean than the checkpoint's
-    found = replay(RECORDED, [tmp_path / "preprocess.safetensors"], at=("model",))
+    found = verify(RECORDED, [tmp_path / "preprocess.safetensors"], at=("model",))
     assert bad(found) == {("model", o) for o in outputs | {"out.clipstats"}}
 
 
@@ -324,7 +324,7 @@ def test_broken_cases_are_named(tmp_path, kind):
     name, change, message = BROKEN[kind]
     path = changed(tmp_path, name, change, meta=False)
     with pytest.raises(ValueError, match=message) as e:
-        replay(RECORDED, [path], at=("model",))
+        verify(RECORDED, [path], at=("model",))
     assert name in str(e.value)
 
 
@@ -332,7 +332,7 @@ def test_a_broken_meta_json_is_named(tmp_path):
     path = changed(tmp_path, "gen_s4_cfg5", lambda t: None, meta=False)
     (tmp_path / "meta.json").write_text('{"gen_cases": [{"steps": 4}]}')
     with pytest.raises(ValueError, match=r"meta.json: what it says of gen_s4_cfg5 cannot be read"):
-        replay(RECORDED, [path], at=("model",))
+        verify(RECORDED, [path], at=("model",))
 
 
 # ------------------------------------------------------------------------------------- other sizes, prompts and steps
@@ -367,7 +367,7 @@ def record_painting(model, prompts, steps, guidance, side, seed=0):
         mask[[b, count + b], :lead] = 0
         mask[count + b, lead + 1 : length - 1] = 0
     seen = []
-    z = model.module.paint(prompts, noise, steps, guidance, lambda step, made: seen.append(made))
+    z = model.module.generate_images(prompts, noise, steps, guidance, lambda step, made: seen.append(made))
     image = model.module.decode_image(z)
     tensors = {"in.noise": noise, "in.tokens": tokens, "in.attention_mask": mask, "out.image": image}
     tensors["out.z"] = torch.stack([s["latents"] for s in seen])
@@ -459,7 +459,7 @@ def test_other_sizes_at_every_point(tmp_path, kind):
     for name, tensors in (paintings | prompts).items():
         files.append(tmp_path / f"{name}.safetensors")
         save_file({k: v.contiguous() for k, v in tensors.items() if v.numel()}, files[-1])
-    found = replay(tmp_path, files)
+    found = verify(tmp_path, files)
     assert bad(found) == set(), table(found)
     assert passed(found)
     assert {r["point"] for r in found["rows"]} == set(cases.POINTS)
@@ -474,7 +474,7 @@ def test_a_painting_of_another_size_than_the_model_paints_by_default(tmp_path):
         tensors = record_painting(load(tmp_path, latent_size=side), [[1, 30, 7]], 2, 3.0, side)
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"side_{side}.safetensors")
     assert model.config.latent_size == 8
-    found = replay(tmp_path, [tmp_path / "side_12.safetensors"], at=("model", "optimized"))
+    found = verify(tmp_path, [tmp_path / "side_12.safetensors"], at=("model", "optimized"))
     assert passed(found), table(found)
     with pytest.raises(ValueError, match=r"side_8.safetensors and side_12.safetensors need different latent_size"):
-        replay(tmp_path, [tmp_path / "side_8.safetensors", tmp_path / "side_12.safetensors"], at=("model",))
+        verify(tmp_path, [tmp_path / "side_8.safetensors", tmp_path / "side_12.safetensors"], at=("model",))

@@ -184,6 +184,6 @@ def test_compressed_programs_paint_and_lose_masks(tmp_path):
     engine = mmopt.Engine(mmopt.export(made, tmp_path / "engine", check=False), provider="cpu", threads=1)
     prompts, noise = [[3, 4, 5, 6], [7, 8]], mmopt.spec.flow_sampler.draw_noise(2, made.info, 0)
     plan = mmopt.spec.solvers.make_plan("euler", 2, guidance=3.0)
-    wanted = traced("janus").paint(prompts, torch.from_numpy(noise), plan)["latents"]
-    found = engine.paint(prompts, solver=plan, noise=noise).latents
+    wanted = traced("janus").generate_images(prompts, torch.from_numpy(noise), plan)["latents"]
+    found = engine.generate_images(prompts, solver=plan, noise=noise).latents
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-3, rtol=1e-3)

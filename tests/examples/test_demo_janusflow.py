@@ -105,7 +105,7 @@ def test_contact_sheet(first_run):
     assert made.shape == (demo.TOP + 4 * (side + gap) + gap, demo.LEFT + SAMPLES * (side + gap) + gap, 3)
     wanted, noise = digits.orders(SAMPLES, seed=1)
     before, _ = digits.painted(model.module, demo.PROMPTS, wanted, noise)
-    (fitted,) = engine.generate_image(wanted.caption(5), steps=8, noise=noise[5:6].numpy())
+    (fitted,) = engine.generate_images(wanted.caption(5), steps=8, noise=noise[5:6].numpy())
     for row, column, expected in ((0, 0, before[0]), (0, 7, before[7]), (1, 3, before[3]), (3, 5, np.array(fitted))):
         y, x = demo.TOP + row * (side + gap), demo.LEFT + column * (side + gap)
         found = made[y : y + side, x : x + side]
@@ -126,14 +126,14 @@ def test_contact_sheet(first_run):
 def test_fitted_plans_go_along_with_the_engine(first_run):
     _, (_, engine), _ = first_run
     plans = [mmopt.FlowPlan.from_json(p) for p in engine.info.flow.plans]
-    assert [(p.evaluations, p.passes, p.name) for p in plans] == [(10, 20, "fitted"), (8, 16, "fitted")]
+    assert [(p.evaluations, p.forwards, p.name) for p in plans] == [(10, 20, "fitted"), (8, 16, "fitted")]
     assert mmopt.FlowPlan.from_json(engine.info.flow.plan) == plans[0]
 
 
 @pytest.mark.usefixtures("built_before")
 @pytest.mark.parametrize("off", [2e-3, float("nan")])
 def test_wrong_latents_are_noticed(tmp_path, monkeypatch, off):
-    paint = mmopt.Engine.paint
+    paint = mmopt.Engine.generate_images
 
     def wrong(self, prompts, steps, **options):
         made = paint(self, prompts, steps, **options)

@@ -222,7 +222,7 @@ def test_right_answers_have_a_star_where_the_difference_is_sure():
 
 
 def test_the_least_drift_is_bold():
-    rows = [{"solver": s, "evaluations": 8, "nfe": 16, "mean": m, "p90": 0.5} for s, m in (("a", 0.2), ("b", 0.1))]
+    rows = [{"solver": s, "evaluations": 8, "forwards": 16, "mean": m, "p90": 0.5} for s, m in (("a", 0.2), ("b", 0.1))]
     assert "| 8 | 16 | .200 (.500) | **.100 (.500)** |" in tables_flow.frontier({"": {"rows": rows, "fits": {}}})
 
 

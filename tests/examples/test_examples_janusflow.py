@@ -159,7 +159,7 @@ def test_paints_what_is_asked(model, prompts):
 def test_optimized_program_paints_the_same(model, prompts):
     wanted, noise = digits.orders(2, seed=3)
     program = mmopt.optimize(mmopt.trace(model, batch=2, images=1, context=96)).program
-    made = program.paint([prompts.painting(wanted.caption(i)) for i in range(2)], noise)
+    made = program.generate_images([prompts.painting(wanted.caption(i)) for i in range(2)], noise)
     pixels, latents = digits.painted(model.module, prompts, wanted, noise)
     torch.testing.assert_close(made["latents"], latents, atol=1e-4, rtol=1e-4)
     assert np.abs(judge.as_uint8(made["image"]).astype(int) - pixels).max() <= 1

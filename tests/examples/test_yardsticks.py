@@ -88,7 +88,7 @@ def test_blind_pictures_are_nothing_but_the_mean(yard):
 
 def test_measure_agrees_with_a_program_and_needs_the_pictures(yard):
     task = yard.tasks["colour or shape"]
-    slow, fast = mmopt.quality(yard.program, yardsticks.first(task, 4)), yardsticks.measure(yard.program, task, 4)
+    slow, fast = mmopt.evaluate(yard.program, yardsticks.first(task, 4)), yardsticks.measure(yard.program, task, 4)
     assert (slow.predictions, slow.ids) == (fast.predictions, fast.ids)
     assert yardsticks.measure(yard.program, task, 60).mean > 0.9
     assert yardsticks.measure(yard.program, yardsticks.blind(yard.program, task), 60).mean < 0.35

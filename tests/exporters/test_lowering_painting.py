@@ -219,7 +219,7 @@ def test_half_precision_paints(dtype, target, tmp_path):
     path = export(program, tmp_path / "full", target, "float32", gate=False)
     assert json.loads((path / "program.json").read_text())["checked"]["program"] == "equal"
     half = Engine(export(program, tmp_path / "half", target, "float16", gate=False), threads=1)
-    wanted, made = (e.paint(PROMPTS, solver=PLAN, noise=noise) for e in (Engine(path, threads=1), half))
+    wanted, made = (e.generate_images(PROMPTS, solver=PLAN, noise=noise) for e in (Engine(path, threads=1), half))
     assert made.latents.dtype == made.pixels.dtype == np.float32
     assert np.abs(wanted.pixels).max() > 65504
     for want, got in ((wanted.latents, made.latents), (wanted.pixels, made.pixels)):

@@ -56,6 +56,6 @@ def test_profiles_have_what_is_told_of_images():
     prompt, text, decode = profiles(shapes, made.info)[:3]
     assert prompt["visual"] == [(1, 0, 34), (1, 9, 34), (1, 27, 34)]
     assert text["visual"] == [(1, 0, 34)] * 3
-    for key in ("left_out_before", "left_out"):
+    for key in ("position_delta_before", "position_delta"):
         assert prompt[key] == [(1,)] * 3
         assert decode[key] == [(1,), (3,), (3,)]

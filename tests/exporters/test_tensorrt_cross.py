@@ -13,7 +13,7 @@ from mmopt.exporters.tensorrt import profiles
 from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
 from mmopt.search.optimize import optimize
-from mmopt.spec.cross_mask import key_mask, segments, visible
+from mmopt.spec.cross_mask import key_mask, segments, visible_tiles
 
 DATA = Path(__file__).parents[1] / "data" / "flamingo"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
@@ -119,9 +119,11 @@ def test_what_the_host_makes_fits_the_profiles(kind, rows):
     for _ in range(200):
         n, density = int(rng.integers(1, 33)), rng.choice([0.02, 0.1, 0.4])
         ids = np.where(rng.random(n) < density, 9, 1).tolist()
-        check(prompt, [visible(ids, int(rng.integers(0, 3)), facts.required_cross, facts.image_id)])
+        check(prompt, [visible_tiles(ids, int(rng.integers(0, 3)), facts.required_cross, facts.image_id)])
         batch = [
-            visible(rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts.required_cross, facts.image_id)[-1:]
+            visible_tiles(
+                rng.choice([1, 9], 5).tolist(), int(rng.integers(0, 3)), facts.required_cross, facts.image_id
+            )[-1:]
             for _ in range(3)
         ]
         check(decode, batch[: int(rng.integers(1, 4))])

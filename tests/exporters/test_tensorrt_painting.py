@@ -15,7 +15,7 @@ from mmopt.exporters.tensorrt import profiles
 from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
 from mmopt.runtime.engine import Engine
-from mmopt.runtime.image_generation import EnginePainter
+from mmopt.runtime.image_generation import EngineFlowSampler
 from mmopt.search.optimize import optimize
 
 DATA = Path(__file__).parents[1] / "data" / "janusflow"
@@ -74,14 +74,14 @@ def test_what_is_fed_fits_the_profiles(passes, lengths, steps, tmp_path, monkeyp
     p = optimize(p, check=False).program if passes else p
     out = export(p, tmp_path / "engine", "tensorrt", check=False, gate=False)
     facts, seen = json.loads((out / "program.json").read_text()), []
-    run = EnginePainter.run_stage
+    run = EngineFlowSampler.run_stage
 
     def spy(self, call, inputs):
         seen.append((call.stage, {k: tuple(x.shape) for k, x in inputs.items()}))
         return run(self, call, inputs)
 
-    monkeypatch.setattr(EnginePainter, "run_stage", spy)
-    Engine(out).paint([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
+    monkeypatch.setattr(EngineFlowSampler, "run_stage", spy)
+    Engine(out).generate_images([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
     assert {"language_model", "flow_encode", "flow_decode", "decode_image", "embed"} <= {name for name, _ in seen}
     for name, shapes in seen:
         listed = profiles(facts["stages"][name]["inputs"], facts["info"])

@@ -68,7 +68,7 @@ def test_a_fit_beats_adams_bashforth_and_euler_on_samples_held_out(name, steps, 
     assert result.wins
     assert result.plan is result.fitted
     assert result.plan.sum_abs < 4
-    assert (result.plan.evaluations, result.plan.passes) == (steps, 2 * steps)
+    assert (result.plan.evaluations, result.plan.forwards) == (steps, 2 * steps)
     assert result.key == {"model": "toy", "steps": steps, "guidance": 2.0, "form": "any"}
     assert result.evaluations == 96 * 3 * steps
     assert result.gap == result.errors["fitted"]["held_out"]["mean"] - result.errors["fitted"]["train"]["mean"]
@@ -131,12 +131,12 @@ def test_unconditional_passes_at_some_evaluations(steps, every, fine):
     result = fit_plan(noted, noises(), steps, 2.0, truth=fine["smooth"], unconditional=made)
     assert asked[:steps] == made.tolist()
     assert result.fitted.guided.tolist() == made.tolist()
-    assert result.fitted.passes == steps + made.sum()
+    assert result.fitted.forwards == steps + made.sum()
     assert result.wins
     held = {k: v["held_out"]["mean"] for k, v in result.errors.items()}
     assert held["fitted"] < 0.5 * held["ab2"]
     # the baseline has as many passes at most, all of them guided
-    base = solve(make_plan("ab2", result.fitted.passes // 2, 2.0), smooth, noises())[-1]
+    base = solve(make_plan("ab2", result.fitted.forwards // 2, 2.0), smooth, noises())[-1]
     assert relative_errors(base, fine["smooth"].result)[-38:].mean() == pytest.approx(held["ab2"])
     # and the fit is better than holding the difference of the two passes
     kept, cond, uncond = make_plan("ab2", steps, 2.0), np.zeros((steps, steps)), np.zeros((steps, steps))
@@ -156,7 +156,7 @@ def test_unconditional_passes_at_some_evaluations(steps, every, fine):
 def test_without_guidance_there_is_one_pass_an_evaluation():
     result = fit_plan(smooth, noises(), 5, 1.0)
     assert result.wins
-    assert result.plan.passes == 5
+    assert result.plan.forwards == 5
     assert not result.plan.uncond.any()
 
 

@@ -14,8 +14,8 @@ import mmopt
 from mmopt.cli import app
 from mmopt.exporters.onnx import export
 from mmopt.flow import fit_program as flow_schedule
-from mmopt.flow.fit_program import fit_flow_schedule, ids_of, reduce_to_budget
-from mmopt.flow.frontier import Drift
+from mmopt.flow.fit_program import fit_flow_plan, ids_of, reduce_to_budget
+from mmopt.flow.frontier import DriftBudget
 from mmopt.flow.polish import Polished
 from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
@@ -37,7 +37,7 @@ def program():
 
 
 def test_a_fitted_plan_goes_along_with_the_program(program):
-    fit = fit_flow_schedule(program, PROMPTS, 4, samples=12, fine=60)
+    fit = fit_flow_plan(program, PROMPTS, 4, samples=12, fine=60)
     assert fit.plan.evaluations == 4
     assert fit.errors["fitted"]["held_out"]["mean"] > 0
     assert fit.wins == (fit.errors["fitted"]["held_out"]["mean"] < fit.errors["ab2"]["held_out"]["mean"])
@@ -50,7 +50,7 @@ def test_a_fitted_plan_goes_along_with_the_program(program):
     assert not report.rewrites
     assert "plan" not in program.info.flow  # the program before is as it was
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32))
-    painted = after.paint(PROMPTS[:1], noise)
+    painted = after.generate_images(PROMPTS[:1], noise)
     assert len(painted["trajectory"]) == 4
 
 
@@ -63,7 +63,7 @@ def test_forms_of_prompts_are_held_out_by_name(program, monkeypatch):
 
     monkeypatch.setattr(flow_schedule, "fit_plan", spy)
     others = {"long": PROMPTS, "short": [[1, 3]]}
-    fit = fit_flow_schedule(program, PROMPTS, 3, samples=4, fine=40, held_out=others, form="long")
+    fit = fit_flow_plan(program, PROMPTS, 3, samples=4, fine=40, held_out=others, form="long")
     assert (asked["n"], asked["forms"]) == (12, ["long"] * 8 + ["short"] * 4)
     assert asked["held_out"] == [False] * 4 + [True] * 8
     assert {"form long", "form short"} < set(fit.errors["fitted"])
@@ -86,8 +86,8 @@ def test_a_polished_plan_is_taken_where_it_wins_on_noises_held_out(program, monk
         return Polished(make_plan(solver, steps), (0, 0), (0, 0))
 
     monkeypatch.setattr(flow_schedule, "polish_plan", polish)
-    plain = fit_flow_schedule(program, PROMPTS, 4, samples=8, fine=60)
-    fit = fit_flow_schedule(program, PROMPTS, 4, samples=8, fine=60, polish=7)
+    plain = fit_flow_plan(program, PROMPTS, 4, samples=8, fine=60)
+    fit = fit_flow_plan(program, PROMPTS, 4, samples=8, fine=60, polish=7)
     assert (given["iterations"], given["held_out"].tolist()) == (7, [False] * 6 + [True] * 2)
     assert given["noises"].shape == given["targets"].shape == (8, 2, 8, 8)
     assert given["gradient"]
@@ -100,7 +100,7 @@ def test_a_polished_plan_is_taken_where_it_wins_on_noises_held_out(program, monk
 
 
 def test_a_plan_is_polished_through_the_network(program):
-    fit = fit_flow_schedule(program, PROMPTS, 2, samples=4, fine=40, polish=10)
+    fit = fit_flow_plan(program, PROMPTS, 2, samples=4, fine=40, polish=10)
     assert fit.errors["polished"]["train"]["mean"] < 1.05 * fit.errors["fitted"]["train"]["mean"]
     assert fit.plan.evaluations == 2
 
@@ -112,19 +112,19 @@ def test_the_drift_of_fewer_steps_is_measured():
 
 
 def test_the_cheapest_plan_within_a_budget(program):
-    loose, rows = reduce_to_budget(program, PROMPTS, Drift(mean=0.5), steps=(2, 4, 8), samples=8, fine=60)
-    tight, more = reduce_to_budget(program, PROMPTS, Drift(mean=2e-3), steps=(2, 4, 8, 16), samples=8, fine=60)
+    loose, rows = reduce_to_budget(program, PROMPTS, DriftBudget(mean=0.5), steps=(2, 4, 8), samples=8, fine=60)
+    tight, more = reduce_to_budget(program, PROMPTS, DriftBudget(mean=2e-3), steps=(2, 4, 8, 16), samples=8, fine=60)
     assert loose.met
-    assert loose.row.passes == 4
+    assert loose.row.forwards == 4
     assert len(rows) < len(more)
-    assert tight.row.passes > loose.row.passes
-    never, _ = reduce_to_budget(program, PROMPTS, Drift(mean=1e-9), steps=(2, 4), samples=8, fine=60)
+    assert tight.row.forwards > loose.row.forwards
+    never, _ = reduce_to_budget(program, PROMPTS, DriftBudget(mean=1e-9), steps=(2, 4), samples=8, fine=60)
     assert not never.met
     assert "none of 4 plans keeps drift mean 1e-09" in never.reason
 
 
 def test_optimize_takes_a_budget():
-    result = optimize(toy.program(), check=False, budget=Drift(mean=0.02), prompts=PROMPTS)
+    result = optimize(toy.program(), check=False, budget=DriftBudget(mean=0.02), prompts=PROMPTS)
     assert result.reports[-1].name == "reduce_flow_steps"
     assert "keeps drift mean 0.02" in result.reports[-1].checked
     assert result.program.info.flow.plan["times"]
@@ -146,7 +146,7 @@ def test_a_budget_on_the_command_line(tmp_path, monkeypatch):
     given = ["optimize", "--config", "janusflow-tiny", "--no-check", "--drift", "0.5", "--prompts", str(texts)]
     said = CliRunner().invoke(app, [*given, "--plan-out", str(plan)])
     assert said.exit_code == 0, said.output
-    assert asked == [(["a cat", "a dog"], Drift(mean=0.5))]
+    assert asked == [(["a cat", "a dog"], DriftBudget(mean=0.5))]
     assert [s["name"] for s in read_plan(plan)["passes"]] == ["reduce_flow_steps"]
 
 
@@ -172,13 +172,13 @@ def test_texts_are_read_as_an_engine_reads_them(digits, tmp_path):
 
 def test_plans_fitted_to_a_file_go_along(digits, tmp_path, monkeypatch):
     texts, asked = tmp_path / "captions.txt", []
-    fit = flow_schedule.fit_flow_schedule
+    fit = flow_schedule.fit_flow_plan
 
     def quick(program, prompts, nfe, **options):
         asked.append((prompts, nfe, options.pop("held_out"), options))
         return fit(program, prompts, nfe, samples=4, fine=20, **options)
 
-    monkeypatch.setattr(flow_schedule, "fit_flow_schedule", quick)
+    monkeypatch.setattr(flow_schedule, "fit_flow_plan", quick)
     texts.write_text("a red 7 on blue\n\na green 3 on red\n a blue 1 on red \n")
     made, report = keep_fits(digits, texts, [3, 2])
     wanted = ["a red 7 on blue", "a blue 1 on red"], ["a green 3 on red"], {"form": "captions", "polish": 0}

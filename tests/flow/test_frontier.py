@@ -9,7 +9,7 @@ from flow_toys import Mixture, smooth
 
 from mmopt.flow.fit import fit_plan
 from mmopt.flow.frontier import (
-    Drift,
+    DriftBudget,
     Row,
     cheapest,
     frontier,
@@ -46,8 +46,8 @@ def test_rows_are_every_solver_at_every_count_and_other_plans(rows, truth):
     expected = {(s, n) for s in ("euler", "ab2", "heun") for n in (4, 5, 8, 30)} - {("heun", 5)} | {("fitted", 5)}
     assert found.keys() == expected
     assert len(rows) == len(expected)
-    assert all(r.passes == 2 * r.evaluations and r.seconds > 0 for r in rows)
-    assert [r.passes for r in rows] == sorted(r.passes for r in rows)
+    assert all(r.forwards == 2 * r.evaluations and r.seconds > 0 for r in rows)
+    assert [r.forwards for r in rows] == sorted(r.forwards for r in rows)
     one = found["ab2", 8]
     x = solve(make_plan("ab2", 8, 2.0), smooth, NOISES)[-1]
     errors = np.linalg.norm(x - truth.result, axis=1) / np.linalg.norm(truth.result, axis=1)
@@ -68,39 +68,39 @@ def test_the_finest_plan_of_each_solver_is_nearest_and_unknown_things_are_refuse
 
 def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(rows):
     found = {(r.solver, r.evaluations): r for r in rows}
-    choice = cheapest(rows, Drift(mean=found["fitted", 5].mean * 1.01))
+    choice = cheapest(rows, DriftBudget(mean=found["fitted", 5].mean * 1.01))
     assert (choice.row, choice.met) == (found["fitted", 5], True)
     assert "fewest passes, 10" in choice.reason
     without = [r for r in rows if r.solver == "euler"]
-    choice = cheapest(without, Drift(mean=found["euler", 8].mean, p90=1.0))
+    choice = cheapest(without, DriftBudget(mean=found["euler", 8].mean, p90=1.0))
     assert (choice.row, choice.met) == (found["euler", 8], True)
-    choice = cheapest(without, Drift(p90=found["euler", 8].p90 * 0.99))
+    choice = cheapest(without, DriftBudget(p90=found["euler", 8].p90 * 0.99))
     assert choice.row is found["euler", 30]
 
 
 def test_both_parts_of_a_budget_count_and_ties_go_to_time_then_error():
-    assert cheapest([row(8, 0.1, 0.9), row(10, 0.1, 0.3)], Drift(mean=0.2, p90=0.5)).row.passes == 10
-    assert cheapest([row(10, seconds=1.0), row(8, seconds=5.0)], Drift(mean=0.2)).row.passes == 8
+    assert cheapest([row(8, 0.1, 0.9), row(10, 0.1, 0.3)], DriftBudget(mean=0.2, p90=0.5)).row.forwards == 10
+    assert cheapest([row(10, seconds=1.0), row(8, seconds=5.0)], DriftBudget(mean=0.2)).row.forwards == 8
     slow, fast = row(seconds=2.0, mean=0.01), row(seconds=1.0)
-    assert cheapest([slow, fast], Drift(mean=0.2)).row is fast
+    assert cheapest([slow, fast], DriftBudget(mean=0.2)).row is fast
     rough, fine = row(mean=0.15), row(mean=0.05)
-    assert cheapest([rough, fine], Drift(mean=0.2)).row is fine
+    assert cheapest([rough, fine], DriftBudget(mean=0.2)).row is fine
 
 
 def test_a_budget_that_nothing_keeps_gives_the_nearest_and_says_so(rows):
-    choice = cheapest(rows, Drift(mean=1e-7))
+    choice = cheapest(rows, DriftBudget(mean=1e-7))
     assert not choice.met
     assert choice.row is min(rows, key=lambda r: r.mean)
     assert "none of 12 plans keeps drift mean 1e-07" in choice.reason
-    assert not cheapest([row(mean=float("nan"))], Drift(mean=0.1)).met
+    assert not cheapest([row(mean=float("nan"))], DriftBudget(mean=0.1)).met
     with pytest.raises(ValueError, match="no plans"):
-        cheapest([], Drift(mean=0.1))
+        cheapest([], DriftBudget(mean=0.1))
 
 
 @pytest.mark.parametrize("budget", [{}, {"mean": 0}, {"p90": -1.0}, {"mean": float("nan")}, {"mean": True}])
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(ValueError, match="drift"):
-        Drift(**budget)
+        DriftBudget(**budget)
 
 
 def test_a_search_stops_at_the_first_plan_that_keeps_the_budget(truth):
@@ -111,12 +111,12 @@ def test_a_search_stops_at_the_first_plan_that_keeps_the_budget(truth):
             made.append(n)
             yield make_plan("ab2", n, 2.0)
 
-    choice, rows = search(smooth, NOISES, plans(), truth, Drift(mean=0.05))
+    choice, rows = search(smooth, NOISES, plans(), truth, DriftBudget(mean=0.05))
     assert choice.met
     assert choice.row.evaluations == made[-1] == 1 + len(made)
     assert all(r.mean > 0.05 for r in rows[:-1])
     assert rows[-1].mean <= 0.05
-    choice, rows = search(smooth, NOISES, [make_plan("euler", 2), make_plan("euler", 3)], truth, Drift(mean=0.01))
+    choice, rows = search(smooth, NOISES, [make_plan("euler", 2), make_plan("euler", 3)], truth, DriftBudget(mean=0.01))
     assert not choice.met
     assert (choice.row.evaluations, len(rows)) == (3, 2)
 

@@ -1,4 +1,4 @@
-"""A program's velocity as a function: what solvers are fitted to is what the painting schedule computes."""
+"""A program's velocity as a function: what solvers are fitted to is what the image schedule computes."""
 
 import dataclasses
 
@@ -29,10 +29,10 @@ def noise_of(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("together", [1, 2, 16])
 def test_solving_with_it_is_painting(programs, kind, together):
     plan, noise = make_plan("ab2", 5, guidance=3.0), noise_of(3)
-    painted = programs[kind].paint(PROMPTS, noise, plan)["latents"]
+    painted = programs[kind].generate_images(PROMPTS, noise, plan)["latents"]
     velocity = ProgramVelocity(programs[kind], PROMPTS, together)
     np.testing.assert_allclose(solve(plan, velocity, noise.numpy())[-1], painted.numpy(), atol=5e-6)
-    assert velocity.passes == plan.passes == 10
+    assert velocity.forwards == plan.forwards == 10
 
 
 def test_without_the_unconditional_pass(programs):
@@ -59,7 +59,7 @@ def test_each_time_and_prompt_counts(programs):
 
 @pytest.mark.parametrize("kind", ["plain", "optimized"])
 def test_gradients_by_latents_and_time(programs, kind):
-    """Those of finite differences; the values are those of the painting schedule, whose own stages stay as they are."""
+    """Those of finite differences; the values are those of the image schedule, whose own stages stay as they are."""
     program, x = programs[kind], noise_of(3)
     ours, smooth = ProgramVelocity(program, PROMPTS), TensorVelocity(program, PROMPTS)
     before = ours(x.numpy(), 0.3)
@@ -85,7 +85,7 @@ def test_gradients_by_latents_and_time(programs, kind):
 def test_what_cannot_be_is_refused(programs):
     with pytest.raises(ValueError, match="x holds 2 latents, expected one for each of 3 prompts"):
         ProgramVelocity(programs["plain"], PROMPTS)(noise_of(2).numpy(), 0.0)
-    with pytest.raises(ValueError, match="paints no images"):
+    with pytest.raises(ValueError, match="generates no images"):
         ProgramVelocity(dataclasses.replace(programs["plain"], painting=()), PROMPTS)
     with pytest.raises(ValueError, match="no weights"):
         ProgramVelocity(dataclasses.replace(programs["plain"], has_weights=False), PROMPTS)

@@ -13,7 +13,7 @@ from mmopt.frontend.load import from_config
 from mmopt.frontend.trace import trace
 from mmopt.ir import stage as stage_module
 from mmopt.search.optimize import optimize
-from mmopt.spec.prompt import Chunk, count_rows, plan
+from mmopt.spec.prompt import Chunk, count_tokens, layout_prompts
 
 CASES = ("mm_single", "mm_two_images", "text_only")
 
@@ -59,7 +59,7 @@ def test_rows_are_counted_in_the_cache(program):
     c = case("mm_single")
     prompt = c["in.input_ids"].tolist()
     made = program(prompt, c["in.pixel_values"], max_new_tokens=3, ignore_eos=True)
-    assert int(made["past"]) == count_rows(prompt[0], program.info) + 2  # the last token is not fed back
+    assert int(made["past"]) == count_tokens(prompt[0], program.info) + 2  # the last token is not fed back
     key = made["key_cache.0"][:, :, :24]
     torch.testing.assert_close(key, c["out.kv_cache.0.key"], atol=2e-4, rtol=1e-4)
 
@@ -93,7 +93,7 @@ def test_the_cache_may_be_filled_to_its_last_row(small, small_program):
     info = small_program.info
     prompt = [3, 4, info.image_id, 5, 6, 7]
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    fits = info.context - count_rows(prompt, info) + 1
+    fits = info.context - count_tokens(prompt, info) + 1
     made = small_program([prompt], pixels, max_new_tokens=fits, ignore_eos=True)
     assert int(made["past"]) == info.context == small.config.max_position_embeddings
     with pytest.raises(ValueError, match="trace with a larger context"):
@@ -114,11 +114,15 @@ INFO = toy_info(image_id=-200, tokens_per_image=9, batch=2, images=2, context=30
 
 def test_chunks_begin_with_their_images():
     i = INFO.image_id
-    assert plan([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
-    assert plan([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
-    assert plan([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
-    assert plan([[i, 1, i, 2], [i, 3]], INFO, 1) == [Chunk(0, (0,), (1,)), Chunk(0, (1,), (2,)), Chunk(1, (2,), (3,))]
-    assert count_rows([1, i, 2, i, 3], INFO) == 3 + 2 * 9
+    assert layout_prompts([[1, 2]], INFO, 1) == [Chunk(0, (), (1, 2))]
+    assert layout_prompts([[1, i, 2, 3]], INFO, 1) == [Chunk(0, (), (1,)), Chunk(0, (0,), (2, 3))]
+    assert layout_prompts([[i, i, 2]], INFO, 1) == [Chunk(0, (0, 1), (2,))]
+    assert layout_prompts([[i, 1, i, 2], [i, 3]], INFO, 1) == [
+        Chunk(0, (0,), (1,)),
+        Chunk(0, (1,), (2,)),
+        Chunk(1, (2,), (3,)),
+    ]
+    assert count_tokens([1, i, 2, i, 3], INFO) == 3 + 2 * 9
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_chunks_begin_with_their_images():
 )
 def test_refused_prompts(prompts, new, why):
     with pytest.raises(ValueError, match=why):
-        plan(prompts, INFO, new)
+        layout_prompts(prompts, INFO, new)
 
 
 def test_images_must_be_as_many_as_markers(small_program):

@@ -5,7 +5,7 @@ import torch
 
 from mmopt.frontend.load import from_config
 from mmopt.measure import bench_generation as bench
-from mmopt.measure.tables import painting_text
+from mmopt.measure.tables import generation_text
 from mmopt.rewrite.contracts import ContractError
 
 
@@ -16,12 +16,12 @@ def model():
 
 def test_variants_and_ratios(model):
     told = []
-    result = bench.bench_painting(model, [4, 9], rounds=2, threads=1, progress=told.append)
+    result = bench.bench_generation(model, [4, 9], rounds=2, threads=1, progress=told.append)
     names = ["official", "prefix cached", "exact passes", "recommended", "fast", "eager"]
     assert [(r["stage"], r["variant"], r["runs"]) for r in result["rows"]] == [
         (f"image, prompt of {n} ids", v, 2) for n in (4, 9) for v in names
     ]
-    assert [p["nfe"] for p in result["sizes"]["plans"].values()] == [60, 60, 60, 20, 16]
+    assert [p["forwards"] for p in result["sizes"]["plans"].values()] == [60, 60, 60, 20, 16]
     best = {r["variant"]: r["min_ms"] for r in result["rows"] if r["stage"].endswith(" 9 ids")}
     found = result["ratios"]["image, prompt of 9 ids"]["fast over official"]
     assert found["minima"] == pytest.approx(best["official"] / best["fast"])
@@ -29,7 +29,7 @@ def test_variants_and_ratios(model):
     work = result["work"]["9"]
     assert work["official"] > work["prefix cached"] > work["exact passes"]
     assert "round 2 of 2" in told
-    text = painting_text(result)
+    text = generation_text(result)
     assert "euler" in text
     assert "ab2" in text
 
@@ -40,9 +40,9 @@ def test_what_paints_something_else_is_not_timed(model, monkeypatch):
 
     monkeypatch.setattr(bench, "difference", moved)
     with pytest.raises(ContractError, match=r"image, prompt of 4 ids: .* differs from official"):
-        bench.bench_painting(model, [4], rounds=1, threads=1, eager=False)
+        bench.bench_generation(model, [4], rounds=1, threads=1, eager=False)
 
 
 def test_models_that_do_not_paint_are_refused():
     with pytest.raises(ValueError, match="expected a model with weights that paints"):
-        bench.bench_painting(from_config("mplug-owl2-tiny", random=True))
+        bench.bench_generation(from_config("mplug-owl2-tiny", random=True))

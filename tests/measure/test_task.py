@@ -16,8 +16,8 @@ from toy_tokenizers import letters
 import mmopt
 from mmopt import cli
 from mmopt.exporters.onnx import export
-from mmopt.measure.quality import quality
-from mmopt.measure.statistics import Score, paired
+from mmopt.measure.quality import evaluate
+from mmopt.measure.statistics import Score, compare_scores
 from mmopt.measure.task import Sample, Task, normalise, quick
 from mmopt.runtime.engine import Engine
 
@@ -64,7 +64,7 @@ def task(asked):
 
 @pytest.fixture(scope="module")
 def good(engine, task):
-    return quality(engine, task)
+    return evaluate(engine, task)
 
 
 def broken(program):
@@ -85,22 +85,24 @@ def test_an_engine_answers_as_well_as_the_readme_says(good, task):
 
 
 def test_a_program_answers_as_its_engine_does(program, engine, good, task):
-    mine = quality(program, task, limit=12)
-    its = quality(engine, task, limit=12, batch=1)
+    mine = evaluate(program, task, limit=12)
+    its = evaluate(engine, task, limit=12, batch=1)
     assert mine.predictions == its.predictions
     assert mine.ids == its.ids
     assert mine.predictions == [good.predictions[int(i)] for i in mine.ids]  # whatever is asked beside it
     assert mine.mean >= 11 / 12
     assert len(set(mine.predictions)) > 3
-    assert str(paired(mine, its)).startswith("+0.0000 (95 %: +0.000 to +0.000), 0 wins and 0 losses on 12 samples")
+    assert str(compare_scores(mine, its)).startswith(
+        "+0.0000 (95 %: +0.000 to +0.000), 0 wins and 0 losses on 12 samples"
+    )
 
 
 def test_what_is_broken_scores_low(program, good, task, tmp_path):
     wrong = broken(program)
     for runner, n in ((wrong, 48), (exported(wrong, tmp_path / "engine"), None)):
-        found = quality(runner, task, limit=n)
+        found = evaluate(runner, task, limit=n)
         assert found.mean < 0.65
-    low = paired(found, good)
+    low = compare_scores(found, good)
     assert low.interval[1] < -0.2
     assert low.losses > 5 * low.wins
     assert low.p < 1e-6
@@ -109,14 +111,14 @@ def test_what_is_broken_scores_low(program, good, task, tmp_path):
 def test_other_answers_and_blank_pictures_score_low(engine, good, asked, task):
     answers = [s.answers for s in task.samples]
     shifted = [dataclasses.replace(s, answers=a) for s, a in zip(task.samples, answers[1:] + answers[:1], strict=True)]
-    found = quality(engine, Task("shifted", shifted))
+    found = evaluate(engine, Task("shifted", shifted))
     assert found.predictions == good.predictions
     assert found.mean < 0.5
     with pytest.raises(ValueError, match="different samples"):
-        paired(found, good)
+        compare_scores(found, good)
     blank = np.full((64, 64, 3), 255, np.uint8)
-    unseen = quality(engine, Task("blank", [dataclasses.replace(s, images=[blank]) for s in task.samples]))
-    assert paired(good, unseen).interval[0] > 0.2
+    unseen = evaluate(engine, Task("blank", [dataclasses.replace(s, images=[blank]) for s in task.samples]))
+    assert compare_scores(good, unseen).interval[0] > 0.2
 
 
 def test_pictures_may_be_paths_arrays_or_pil_images(engine, program, task):
@@ -124,11 +126,11 @@ def test_pictures_may_be_paths_arrays_or_pil_images(engine, program, task):
     given = [[str(task.samples[0].images[0])], (np.asarray(shown.convert("RGB")),), [shown]]
     same = Task("same", [dataclasses.replace(task.samples[0], images=i, id=None) for i in given])
     for runner in (engine, program):
-        assert quality(runner, same).predictions == [task.samples[0].answers[0]] * 3
+        assert evaluate(runner, same).predictions == [task.samples[0].answers[0]] * 3
 
 
 def test_a_limit_takes_the_same_samples_for_each_runner(engine, program, task):
-    a, b = quality(engine, task, limit=3, seed=5), quality(program, task, limit=3, seed=5)
+    a, b = evaluate(engine, task, limit=3, seed=5), evaluate(program, task, limit=3, seed=5)
     assert a.ids == b.ids == [s.id for s in quick(task, 3, seed=5).samples]
     assert len(a.ids) == 3
     assert a.ids == sorted(a.ids, key=int)
@@ -141,23 +143,23 @@ def test_a_limit_takes_the_same_samples_for_each_runner(engine, program, task):
 
 def test_progress_and_batch(engine, task):
     told = []
-    quality(engine, task, limit=5, batch=2, progress=lambda *now: told.append(now))
+    evaluate(engine, task, limit=5, batch=2, progress=lambda *now: told.append(now))
     assert told == [(2, 5), (4, 5), (5, 5)]
     with pytest.raises(ValueError, match="batch is -1"):
-        quality(engine, task, batch=-1)
+        evaluate(engine, task, batch=-1)
 
 
 def test_what_cannot_be_asked_names_the_sample(engine, program, task):
     two = Task("vqa", [task.samples[0], Sample("what is it?", task.samples[0].images * 2, ["x"], id="both")])
     for runner in (engine, program):
         with pytest.raises(ValueError, match=r"vqa, sample .*both: .* 2 images, .* at most 1"):
-            quality(runner, two)
+            evaluate(runner, two)
         marked = Task("vqa", [Sample("<|image|> and <|image|>?", task.samples[0].images, ["x"])])
         with pytest.raises(ValueError, match="2 image markers"):
-            quality(runner, marked)
+            evaluate(runner, marked)
     without = mmopt.trace(mmopt.load(DATA / "mplug_owl2"))
     with pytest.raises(ValueError, match="tokenizer"):
-        quality(without, task, limit=1)
+        evaluate(without, task, limit=1)
 
 
 # ------------------------------------------------------------------------------------- images that lie outside the text
@@ -170,11 +172,11 @@ def test_families_whose_images_lie_outside_the_text(family, tmp_path):
     a, b, c = (rng.integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (28, 84, 3), (20, 20, 3)))
     images = [[a], [b, c], [], [c, a]] + [[[a, b], [b, c]], [np.stack([a, a, a])]] * (family == "openflamingo")
     task = Task(family, [Sample(f"ask {'abcdef'[i]}", x, ["x"], 6 + i) for i, x in enumerate(images)])
-    ours, theirs = quality(program, task), quality(exported(program, tmp_path / "engine"), task)
+    ours, theirs = evaluate(program, task), evaluate(exported(program, tmp_path / "engine"), task)
     assert ours.predictions == theirs.predictions
     assert len(set(ours.predictions)) > 2
     swapped = Task(family, [dataclasses.replace(task.samples[0], images=[c])])
-    assert quality(program, swapped).predictions != ours.predictions[:1]
+    assert evaluate(program, swapped).predictions != ours.predictions[:1]
 
 
 # ---------------------------------------------------------------------------------------------------------- task files
@@ -279,10 +281,10 @@ def test_scored_exactly_by_containing_or_by_a_function(engine, task):
         return len(prediction) / 100
 
     for how, right in (("exact", 1.0), ("contains", 1.0), (length, len(said) / 100)):
-        assert quality(engine, Task("t", [sample], how)).scores == [right]
-    assert quality(engine, Task("t", [sample], length)).metric == "length"
+        assert evaluate(engine, Task("t", [sample], how)).scores == [right]
+    assert evaluate(engine, Task("t", [sample], length)).metric == "length"
     with pytest.raises(ValueError, match="t: expected scores from 0 to 1, found that of sample 0: 2"):
-        quality(engine, Task("t", [sample], lambda prediction, answers: 2))
+        evaluate(engine, Task("t", [sample], lambda prediction, answers: 2))
     contains, exact = (mmopt.measure.task.METRICS[m] for m in ("contains", "exact"))
     assert [contains(x, ["dark blue"]) for x in ("It is dark, blue.", "dark blues", "blue")] == [True, False, False]
     assert not exact("it is dark blue", ["dark blue"])
@@ -307,12 +309,12 @@ def test_intervals_of_other_scores_and_of_differences_by_all_possible_draws():
         return np.quantile([np.mean(x) for x in itertools.product(values, repeat=6)], [0.025, 0.975])
 
     assert made_up(a).interval == pytest.approx(listed(a), abs=0.01)
-    found = paired(made_up(a), made_up(b), draws=40000)
+    found = compare_scores(made_up(a), made_up(b), draws=40000)
     assert found.interval == pytest.approx(listed(np.subtract(a, b)), abs=0.01)
     assert (found.mean, found.wins, found.losses, found.p) == (pytest.approx(np.mean(a) - np.mean(b)), 4, 2, None)
     apart = np.diff(made_up(a).interval)[0] + np.diff(made_up(b).interval)[0]
-    assert found.interval != paired(made_up(a), made_up(b), draws=40000, seed=1).interval
-    assert found == paired(made_up(a), made_up(b), draws=40000)
+    assert found.interval != compare_scores(made_up(a), made_up(b), draws=40000, seed=1).interval
+    assert found == compare_scores(made_up(a), made_up(b), draws=40000)
     assert np.diff(found.interval)[0] < apart
 
 
@@ -321,12 +323,12 @@ def test_paired_interval_of_many_samples_is_that_of_a_t_test():
     b = (rng.random(900) < 0.6) * 1.0
     a = np.where(rng.random(900) < 0.1, 1.0, b)  # better on a tenth of what b has wrong
     d = a - b
-    found = paired(made_up(a), made_up(b))
+    found = compare_scores(made_up(a), made_up(b))
     half = 1.96 * d.std(ddof=1) / math.sqrt(len(d))
     assert found.interval == pytest.approx((d.mean() - half, d.mean() + half), abs=0.1 * half)
     assert (found.wins, found.losses, found.samples) == (int(d.sum()), 0, 900)
     assert found.p == pytest.approx(2 / 2**found.wins)
-    back = paired(made_up(b), made_up(a))
+    back = compare_scores(made_up(b), made_up(a))
     assert (back.mean, back.wins, back.losses, back.p) == (-found.mean, 0, found.wins, found.p)
 
 
@@ -335,24 +337,24 @@ def test_mcnemar_by_all_tosses(wins, losses):
     n = wins + losses
     uneven = [abs(2 * sum(x) - n) >= abs(wins - losses) for x in itertools.product((0, 1), repeat=n)]
     a, b = [1] * wins + [0] * losses + [1, 0], [0] * wins + [1] * losses + [1, 0]
-    assert paired(made_up(a), made_up(b), draws=10).p == pytest.approx(np.mean(uneven))
+    assert compare_scores(made_up(a), made_up(b), draws=10).p == pytest.approx(np.mean(uneven))
 
 
 def test_only_scores_of_the_same_samples_are_paired():
     a = made_up([1, 0, 1])
     with pytest.raises(ValueError, match=r"different samples \(3 and 2\)"):
-        paired(a, made_up([1, 0]))
+        compare_scores(a, made_up([1, 0]))
     for wrong in ({"ids": ["0", "1", "5"]}, {"prompts": ["0", "1", "5"]}, {"answers": [["0"], ["1"], ["5"]]}):
         with pytest.raises(ValueError, match=r"different samples \(3 and 3\) cannot be paired: \('2'.* and .*'5'"):
-            paired(a, made_up([1, 0, 1], **wrong))
+            compare_scores(a, made_up([1, 0, 1], **wrong))
     with pytest.raises(ValueError, match="scores by exact and by contains cannot be paired"):
-        paired(a, made_up([1, 0, 1], "contains"))
+        compare_scores(a, made_up([1, 0, 1], "contains"))
 
 
 def test_scores_are_kept_in_files(good, tmp_path):
     good.save(tmp_path / "score.json")
     assert Score.load(tmp_path / "score.json") == good
-    assert paired(Score.load(tmp_path / "score.json"), good).mean == 0
+    assert compare_scores(Score.load(tmp_path / "score.json"), good).mean == 0
     facts = json.loads((tmp_path / "score.json").read_text())
     assert (facts["mean"], facts["interval"]) == (good.mean, list(good.interval))
     for wrong in ("", "[]", "{}", json.dumps(facts | {"scores": [1]}), json.dumps(facts | {"scores": []})):
@@ -362,9 +364,9 @@ def test_scores_are_kept_in_files(good, tmp_path):
 
 
 def test_needs_no_torch():
-    code = "import sys, mmopt; from mmopt.measure.task import Task; assert 'torch' not in sys.modules; mmopt.quality()"
+    code = "import sys, mmopt; from mmopt.measure.task import Task; assert 'torch' not in sys.modules; mmopt.evaluate()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "TypeError: quality() missing 2 required" in done.stderr
+    assert "TypeError: evaluate() missing 2 required" in done.stderr
 
 
 def test_on_the_command_line(engine, tmp_path, capsys):

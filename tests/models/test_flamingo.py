@@ -246,7 +246,7 @@ def test_program_and_engine_equal_the_plain_model(kind, tmp_path):
     again = optimized(prompts, pixels, max_new_tokens=4, ignore_eos=True)
     mmopt.export(optimized, tmp_path / "engine")
     run = {"max_new_tokens": 4, "ignore_eos": True}
-    engine = mmopt.Engine(tmp_path / "engine").run_ids(prompts, pixel_values=pixels.numpy(), **run)
+    engine = mmopt.Engine(tmp_path / "engine").debug.generate_ids(prompts, pixel_values=pixels.numpy(), **run)
     assert [list(t) for t in engine.tokens] == [list(t) for t in made["tokens"]]
     rows = m.encode_images(pixels)
     for b, (prompt, count) in enumerate(zip(prompts, (2, 0), strict=True)):

@@ -127,7 +127,7 @@ def test_recorded_answers(idefics, result, point, tmp_path):
         prompts, images = prompts_of(c)
         if point == "engine":
             images["pixel_values"] = images["pixel_values"].numpy()
-            run = engine.run_ids(prompts, max_new_tokens=16, ignore_eos=True, logits=True, **images)
+            run = engine.debug.generate_ids(prompts, max_new_tokens=16, ignore_eos=True, logits=True, **images)
             np.testing.assert_allclose(np.stack(run.logits), c["gen_logits_nocache"].numpy(), atol=1e-4)
             tokens = run.tokens
         else:

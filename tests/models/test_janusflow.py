@@ -88,7 +88,7 @@ def test_recorded_painting(janus, told):
     c, seen = case(told["name"]), []
     assert c["in.prompt_ids"].tolist() == told["prompt_ids"]
     prompts = [told["prompt_ids"]] * told["num_images"]
-    z = janus.module.paint(
+    z = janus.module.generate_images(
         prompts, c["in.noise"], told["steps"], told["cfg_weight"], lambda step, made: seen.append(made)
     )
     assert len(seen) == told["steps"]
@@ -243,12 +243,12 @@ def test_a_program_reads_any_number_of_images(janus, images):
 def test_a_batch_paints_what_each_prompt_paints_alone(janus):
     prompts = [[1, 40, 185, 288, 85, 7], [1, 9, 7], [1, 120, 121, 122, 123, 124, 125, 126, 7]]
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    together = janus.module.paint(prompts, noise, 3, 4.0)
+    together = janus.module.generate_images(prompts, noise, 3, 4.0)
     for i, prompt in enumerate(prompts):
-        alone = janus.module.paint([prompt], noise[i : i + 1], 3, 4.0)
+        alone = janus.module.generate_images([prompt], noise[i : i + 1], 3, 4.0)
         torch.testing.assert_close(together[i : i + 1], alone, **VELOCITY)
     program = trace(janus, batch=3, context=80)
-    made = program.paint(prompts, noise, make_plan("euler", 3, guidance=4.0))
+    made = program.generate_images(prompts, noise, make_plan("euler", 3, guidance=4.0))
     torch.testing.assert_close(made["latents"], together, **VELOCITY)
 
 
@@ -258,7 +258,7 @@ def test_what_the_two_halves_of_the_guidance_see(janus):
     def halves(prompt):
         seen = []
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-        janus.module.paint([prompt], noise, 1, 2.0, lambda step, made: seen.append(made))
+        janus.module.generate_images([prompt], noise, 1, 2.0, lambda step, made: seen.append(made))
         return seen[0]["cond"], seen[0]["uncond"]
 
     cond, uncond = halves([1, 40, 41, 42, 7])
@@ -283,9 +283,9 @@ def test_grouped_heads_are_repeated_heads():
     x = torch.randn(2, 9, 64)
     torch.testing.assert_close(grouped.module(x)[0], plain.module(x)[0], **LOGITS)
     prompts, noise = [[1, 5, 7], [1, 5, 6, 7]], torch.randn(2, 4, 16, 16)
-    painted = grouped.module.paint(prompts, noise, 2)
-    torch.testing.assert_close(painted, plain.module.paint(prompts, noise, 2), **VELOCITY)
-    made = trace(grouped, batch=2, context=80).paint(prompts, noise, make_plan("euler", 2, guidance=2.0))
+    painted = grouped.module.generate_images(prompts, noise, 2)
+    torch.testing.assert_close(painted, plain.module.generate_images(prompts, noise, 2), **VELOCITY)
+    made = trace(grouped, batch=2, context=80).generate_images(prompts, noise, make_plan("euler", 2, guidance=2.0))
     torch.testing.assert_close(made["latents"], painted, **VELOCITY)
 
 
@@ -328,9 +328,9 @@ def test_other_sizes(changes):
     model = other(changes)
     noise = torch.randn(2, 4, 16, 16)
     prompts = [[1, 5, 6, 7], [1, 7]]
-    painted = model.module.paint(prompts, noise, 2, 3.0)
+    painted = model.module.generate_images(prompts, noise, 2, 3.0)
     assert painted.isfinite().all()
-    made = trace(model, batch=2, context=96).paint(prompts, noise, make_plan("euler", 2, guidance=3.0))
+    made = trace(model, batch=2, context=96).generate_images(prompts, noise, make_plan("euler", 2, guidance=3.0))
     torch.testing.assert_close(made["latents"], painted, **VELOCITY)
     size = model.config.tower.image_size
     rows = model.module.encode_images(torch.randn(1, 3, size, size))
@@ -350,7 +350,7 @@ def test_values_that_have_no_weights_count(change):
     plain, changed = other(), other(change)
     changed.module.load_state_dict(plain.module.state_dict())
     prompts, noise = [[1, 5, 6, 7]], torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    difference = plain.module.paint(prompts, noise, 2) - changed.module.paint(prompts, noise, 2)
+    difference = plain.module.generate_images(prompts, noise, 2) - changed.module.generate_images(prompts, noise, 2)
     assert float(difference.abs().max()) > 1e-3
 
 
@@ -370,7 +370,7 @@ def test_another_autoencoder():
 def test_bfloat16_is_close(janus):
     half, c = mmopt.load(DATA, dtype="bfloat16"), case("gen_s4_cfg5")
     seen = []
-    z = half.module.paint(
+    z = half.module.generate_images(
         [c["in.prompt_ids"].tolist()] * 2, c["in.noise"], 4, 5.0, lambda step, made: seen.append(made)
     )
     assert z.dtype == seen[0]["cond"].dtype == torch.float32
@@ -416,7 +416,7 @@ def test_shipped_configs_can_be_traced(name):
 
 def test_the_tiny_config_paints():
     model = from_config("janusflow-tiny", random=True)
-    z = model.module.paint([[1, 5, 7]], torch.randn(1, 4, 16, 16), 2)
+    z = model.module.generate_images([[1, 5, 7]], torch.randn(1, 4, 16, 16), 2)
     assert model.module.decode_image(z).isfinite().all()
 
 
@@ -480,8 +480,8 @@ def test_without_an_autoencoder():
     bare = from_config(raw(latent_size=16), "float32", random=True)
     assert "decode_image" not in bare.family.stages(bare.module, 24)
     noise = torch.randn(1, 4, 16, 16)
-    z = bare.module.paint([[1, 5, 7]], noise, 2)
-    painted = trace(bare, context=80).paint([[1, 5, 7]], noise, make_plan("euler", 2, guidance=2.0))
+    z = bare.module.generate_images([[1, 5, 7]], noise, 2)
+    painted = trace(bare, context=80).generate_images([[1, 5, 7]], noise, make_plan("euler", 2, guidance=2.0))
     torch.testing.assert_close(painted["latents"], z, **VELOCITY)
     assert "image" not in painted
     with pytest.raises(ValueError, match=r"has no autoencoder.*--vae"):

@@ -187,7 +187,7 @@ def test_recorded_answers(mllama, result, point, tmp_path):
             if images:
                 images["pixel_values"] = images["pixel_values"].numpy()
                 images["image_inputs"] = {k: v.numpy() for k, v in images["image_inputs"].items()}
-            run = engine.run_ids(prompts, max_new_tokens=16, ignore_eos=True, logits=True, **images)
+            run = engine.debug.generate_ids(prompts, max_new_tokens=16, ignore_eos=True, logits=True, **images)
             np.testing.assert_allclose(np.stack(run.logits), c["gen_logits_nocache"].numpy(), atol=1e-4)
             tokens = run.tokens
         else:

@@ -246,7 +246,7 @@ def test_painting_is_as_it_was():
     flow, prompts = program.info.flow, [[3, 4, 5, 6], [7, 8]]
     noise = torch.randn(2, *flow.latents, generator=torch.Generator().manual_seed(0))
     plan = mmopt.spec.solvers.make_plan("euler", 2, guidance=3.0)
-    latents = [p.paint(prompts, noise, plan)["latents"] for p in (program, made)]
+    latents = [p.generate_images(prompts, noise, plan)["latents"] for p in (program, made)]
     assert torch.equal(*latents)
 
 

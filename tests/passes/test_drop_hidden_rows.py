@@ -21,7 +21,7 @@ def split(**options):
 
 
 @pytest.fixture(scope="module")
-def painter():
+def sampler():
     return split()
 
 
@@ -30,15 +30,15 @@ def masks(program):
     return sum(n.target is CACHED_ATTENTION and len(n.args) > 10 and n.args[10] is not None for n in graph.nodes)
 
 
-def test_attention_loses_its_mask(painter, snapshot):
-    after, report = DropHiddenRows()(painter)
-    text = before_and_after(painter, after, "language_model")
-    snapshot("drop_hidden_rows", f"{toy.painting_text(painter)}\n\n{toy.painting_text(after)}\n\n{text}")
+def test_attention_loses_its_mask(sampler, snapshot):
+    after, report = DropHiddenRows()(sampler)
+    text = before_and_after(sampler, after, "language_model")
+    snapshot("drop_hidden_rows", f"{toy.generation_text(sampler)}\n\n{toy.generation_text(after)}\n\n{text}")
     assert report.rewrites == ["language_model: 2 attentions lose a mask; rows hidden by it are left out of the cache"]
-    assert (masks(painter), masks(after)) == (2, 0)
+    assert (masks(sampler), masks(after)) == (2, 0)
     assert "seen" not in after.stages["language_model"].inputs
     assert after.info.flow.compact
-    assert "compact" not in painter.info.flow  # the program given stays as it is
+    assert "compact" not in sampler.info.flow  # the program given stays as it is
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,17 +48,17 @@ def test_same_numbers(dtype):
 
 
 @pytest.mark.parametrize("lengths", [(2,), (24,), (2, 24), (7, 2, 3), (5, 5)])
-def test_same_pictures(painter, lengths):
-    toy.same_pictures(painter, DropHiddenRows()(painter)[0], lengths)
+def test_same_pictures(sampler, lengths):
+    toy.same_pictures(sampler, DropHiddenRows()(sampler)[0], lengths)
 
 
-def test_text_is_answered_as_before(painter):
-    toy.same_answers(painter, DropHiddenRows()(painter)[0])
+def test_text_is_answered_as_before(sampler):
+    toy.same_answers(sampler, DropHiddenRows()(sampler)[0])
 
 
-def test_where_rows_stand(painter):
+def test_where_rows_stand(sampler):
     """By hand: prompts of 4 and 2 ids, of which 3 and 1 are fed."""
-    info, prompts = painter.info, [[1, 7, 8, 9], [1, 9]]
+    info, prompts = sampler.info, [[1, 7, 8, 9], [1, 9]]
     padded = lay_out(prompts, info.required_flow, info.context, info.vocab_size)
     assert padded.ids.tolist() == [[1, 7, 8], [0, 0, 1], [1, 0, 0], [0, 0, 1]]
     hidden = [[j for j, sees in enumerate(row) if not sees] for row in padded.seen.tolist()]
@@ -103,8 +103,8 @@ NOT_ITS = "language_model: its mask or its positions are not those of the prompt
         (recall(4, hidden=Cat(1, ("prompt.hidden", "hidden"))), "flow_decode reads hidden of the rows of the prompt"),
     ],
 )
-def test_other_schedules(painter, change, why):
-    unchanged(toy.repaint(painter, change), DropHiddenRows(), why)
+def test_other_schedules(sampler, change, why):
+    unchanged(toy.repaint(sampler, change), DropHiddenRows(), why)
 
 
 def test_before_calls_are_split():
@@ -138,14 +138,14 @@ def test_programs_without_a_mask():
     unchanged(flow(), DropHiddenRows(), "program: no attention on a cache has a mask")
 
 
-def test_twice(painter):
-    twice(painter, DropHiddenRows())
+def test_twice(sampler):
+    twice(sampler, DropHiddenRows())
 
 
 def test_all_passes_twice():
     once = optimize(toy.program(), check=False).program
     again = optimize(once, check=False).program
-    assert toy.painting_text(again) == toy.painting_text(once)
+    assert toy.generation_text(again) == toy.generation_text(once)
     assert again.stages.keys() == once.stages.keys()
     assert compare(once, again) is None
 
@@ -183,5 +183,5 @@ class KeepsPadding(DropHiddenRows):
         KeepsPadding(),
     ],
 )
-def test_wrong_places_are_caught(painter, broken):
-    caught(painter, broken, "flow_decode")
+def test_wrong_places_are_caught(sampler, broken):
+    caught(sampler, broken, "flow_decode")

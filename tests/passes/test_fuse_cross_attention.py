@@ -347,7 +347,7 @@ def test_keys_that_are_values_elsewhere_stay_right():
     assert compare(plain, fused(plain)[1]) is None
 
 
-class Seen(Beside):
+class VisibleTiles(Beside):
     """A row that sees nothing is told so by `seen` itself, which stays an input."""
 
     def forward(self, text, media, seen, attends):
@@ -357,7 +357,7 @@ class Seen(Beside):
 
 
 def test_inputs_that_something_else_reads_stay():
-    plain = beside(Seen())
+    plain = beside(VisibleTiles())
     after = fused(plain)[1]
     assert "seen" in after.stages["language_model"].inputs
     assert "attends" not in after.stages["language_model"].inputs

@@ -22,7 +22,7 @@ def ready(**options):
 
 
 @pytest.fixture(scope="module")
-def painter():
+def sampler():
     return ready()
 
 
@@ -33,14 +33,14 @@ def count_calls(program, steps=5):
         made.setdefault(call.stage, []).append(len(next(iter(values.values()))))
 
     noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    program.paint([[1, 5, 6], [1, 9]], noise, make_plan("euler", steps), observe)
+    program.generate_images([[1, 5, 6], [1, 9]], noise, make_plan("euler", steps), observe)
     return made
 
 
-def test_calls_and_parts_of_stages_leave_the_loop(painter, snapshot):
-    after, report = HoistInvariants()(painter)
-    parts = before_and_after(painter, after, "flow_encode")
-    snapshot("hoist_steps", f"{toy.painting_text(painter)}\n\n{toy.painting_text(after)}\n\nflow_encode\n{parts}")
+def test_calls_and_parts_of_stages_leave_the_loop(sampler, snapshot):
+    after, report = HoistInvariants()(sampler)
+    parts = before_and_after(sampler, after, "flow_encode")
+    snapshot("hoist_steps", f"{toy.generation_text(sampler)}\n\n{toy.generation_text(after)}\n\nflow_encode\n{parts}")
     assert report.rewrites == [
         "flow_time: called once for all trips, before the loop; the loop reads a table",
         "flow_encode: 2 values that depend on the trip alone become tables",
@@ -59,19 +59,19 @@ def test_same_numbers(dtype):
 
 @pytest.mark.parametrize("solver", [("euler", 1), ("ab2", 4), ("heun", 4), ("midpoint", 6)])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_same_pictures(painter, solver, count):
+def test_same_pictures(sampler, solver, count):
     """A table of four trips and a batch of four samples must not be taken for each other."""
-    after, _ = HoistInvariants()(painter)
+    after, _ = HoistInvariants()(sampler)
     prompts = [[1, 5, 6], [1, 9], [1, 4, 4, 4, 4], [1, 2]][:count]
     noise = torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(count))
     plan = make_plan(*solver, guidance=3.0)
-    made, wanted = after.paint(prompts, noise, plan), painter.paint(prompts, noise, plan)
+    made, wanted = after.generate_images(prompts, noise, plan), sampler.generate_images(prompts, noise, plan)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_they_are_called_once(painter):
-    after, _ = HoistInvariants()(painter)
-    before = count_calls(painter)
+def test_they_are_called_once(sampler):
+    after, _ = HoistInvariants()(sampler)
+    before = count_calls(sampler)
     assert before["flow_time"] == [1] * 5
     assert before["language_model"] == [4] * 10
     made = count_calls(after)
@@ -79,15 +79,15 @@ def test_they_are_called_once(painter):
     assert made["language_model"] == [4] * 6
 
 
-def test_text_is_answered_as_before(painter):
-    after, _ = HoistInvariants()(painter)
+def test_text_is_answered_as_before(sampler):
+    after, _ = HoistInvariants()(sampler)
     prompts = {"prompts": [[5, 6, 7], [9]], "max_new_tokens": 4, "ignore_eos": True}
-    assert after(**prompts)["tokens"] == painter(**prompts)["tokens"]
+    assert after(**prompts)["tokens"] == sampler(**prompts)["tokens"]
 
 
-def test_no_weight_is_stored_twice(painter):
-    after, _ = HoistInvariants()(painter)
-    assert after.weights.keys() <= painter.weights.keys()
+def test_no_weight_is_stored_twice(sampler):
+    after, _ = HoistInvariants()(sampler)
+    assert after.weights.keys() <= sampler.weights.keys()
     for part in ("flow_encode", "flow_decode"):
         step, once = after.stages[part].weights(), after.stages[f"{part}.steps"].weights()
         assert not {w for w in step & once if w.endswith("weight")}
@@ -138,33 +138,33 @@ def test_parts_that_mix_trips_stay():
     assert compare(before, after) is None
 
 
-def test_stages_that_are_called_elsewhere_stay_whole(painter):
-    twice = toy.repaint(painter, lambda calls: [*calls, replace(calls[1], writes={"skip": "a", "tokens": "b"})])
+def test_stages_that_are_called_elsewhere_stay_whole(sampler):
+    twice = toy.repaint(sampler, lambda calls: [*calls, replace(calls[1], writes={"skip": "a", "tokens": "b"})])
     stays(twice, "flow_encode", "called elsewhere too: a second copy would hold its weights twice")
 
 
-def test_values_that_two_calls_write_stay(painter):
+def test_values_that_two_calls_write_stay(sampler):
     """The second call of flow_time takes the place of the first one's row, in the middle of the trip."""
 
     def body(calls):
         again = Call("flow_time", {"time": "later.time"})
         return [*calls[:-1], again, calls[-1]]
 
-    stays(toy.repaint(painter, body), "flow_time", "time_row is written by another call of the loop too")
+    stays(toy.repaint(sampler, body), "flow_time", "time_row is written by another call of the loop too")
 
 
-def test_values_that_are_carried_stay(painter):
+def test_values_that_are_carried_stay(sampler):
     """The encoder reads the time of the trip before."""
 
     def body(calls):
         return [calls[1], calls[0], *calls[2:]]
 
-    stays(toy.repaint(painter, body), "flow_time", "time_row is carried from trip to trip")
+    stays(toy.repaint(sampler, body), "flow_time", "time_row is carried from trip to trip")
 
 
-def test_values_that_are_read_after_the_loop_stay(painter):
+def test_values_that_are_read_after_the_loop_stay(sampler):
     after = (Call("flow_decode", {"hidden": "tokens", "velocity": "last"}),)
-    stays(toy.repaint(painter, after=after), "flow_time", "time_row is read outside the loop")
+    stays(toy.repaint(sampler, after=after), "flow_time", "time_row is read outside the loop")
 
 
 def test_times_of_several_groups_are_no_row_of_a_table():
@@ -175,26 +175,26 @@ def test_times_of_several_groups_are_no_row_of_a_table():
     after = stays(before, "flow_time", "every product in it depends on what the loop changes")
     noise = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     given = [[1, 5, 6]], noise
-    torch.testing.assert_close(after.paint(*given), before.paint(*given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.generate_images(*given), before.generate_images(*given), atol=1e-5, rtol=1e-5)
 
 
-def test_what_the_solver_changes_stays(painter):
+def test_what_the_solver_changes_stays(sampler):
     """A call on the latents alone is no invariant, though no call of the loop writes them."""
 
     def body(calls):
         seen = Call("decode_image", {}, {"image": "preview"})
         return [*calls, seen]
 
-    stays(toy.repaint(painter, body), "decode_image", "every product in it depends on what the loop changes")
+    stays(toy.repaint(sampler, body), "decode_image", "every product in it depends on what the loop changes")
 
 
-def test_twice(painter):
-    twice(painter, HoistInvariants())
+def test_twice(sampler):
+    twice(sampler, HoistInvariants())
 
 
 # ----------------------------------------------------------------------------------------------------------- broken
 class Broken(HoistInvariants):
-    """A broken pass: something is done to the painting schedule behind it."""
+    """A broken pass: something is done to the image schedule behind it."""
 
     def __init__(self, change):
         self.change = change
@@ -217,11 +217,11 @@ def swapped(items):
 
 
 @pytest.mark.parametrize("change", [swapped])
-def test_wrong_tables_are_caught(painter, change):
-    caught(painter, Broken(change), "flow_decode")
+def test_wrong_tables_are_caught(sampler, change):
+    caught(sampler, Broken(change), "flow_decode")
 
 
-def test_a_table_that_is_off_by_one_is_caught(painter):
+def test_a_table_that_is_off_by_one_is_caught(sampler):
     """Each row is that of the trip after, of the three equal steps of a check."""
 
     def change(m, specs):
@@ -237,7 +237,7 @@ def test_a_table_that_is_off_by_one_is_caught(painter):
             made.stages["flow_time"] = late
             return made
 
-    caught(painter, Late(), "flow_decode")
+    caught(sampler, Late(), "flow_decode")
 
 
 def test_trips_mixed_in_a_table_are_caught(monkeypatch):

@@ -15,7 +15,7 @@ from mmopt.spec.schedule import Call, Cat
 
 
 @pytest.fixture(scope="module")
-def painter():
+def sampler():
     return toy.program()
 
 
@@ -27,12 +27,12 @@ def encode_calls(program, *given):
         if call.stage == "flow_encode":
             seen.append(len(made["tokens"]))
 
-    return seen, program.paint(*given, observe=observe)
+    return seen, program.generate_images(*given, observe=observe)
 
 
-def test_both_halves_read_the_same_latents(painter, snapshot):
-    after, report = ShareSamples()(painter)
-    snapshot("share_samples", f"before {toy.painting_text(painter)}\n\nafter {toy.painting_text(after)}")
+def test_both_halves_read_the_same_latents(sampler, snapshot):
+    after, report = ShareSamples()(sampler)
+    snapshot("share_samples", f"before {toy.generation_text(sampler)}\n\nafter {toy.generation_text(after)}")
     assert report.rewrites == ["flow_encode: runs on one of 2 groups of samples that are alike"]
 
 
@@ -43,33 +43,33 @@ def test_same_numbers(dtype):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_half_as_many_samples(painter, count):
-    after, _ = ShareSamples()(painter)
+def test_half_as_many_samples(sampler, count):
+    after, _ = ShareSamples()(sampler)
     noise = torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(count))
     given = [[1, 5, 7], [1, 9], [1, 6, 3, 8]][:count], noise
-    before, wanted = encode_calls(painter, *given)
+    before, wanted = encode_calls(sampler, *given)
     shared, made = encode_calls(after, *given)
     assert (before, shared) == ([2 * count] * 6, [count] * 6)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_behind_other_passes(painter):
-    split, _ = SplitCalls()(painter)
+def test_behind_other_passes(sampler):
+    split, _ = SplitCalls()(sampler)
     after, report = ShareSamples()(split)
     assert len(report.rewrites) == 1
-    assert compare(painter, after) is None
+    assert compare(sampler, after) is None
 
 
-def test_one_shared_call_feeds_another(painter):
+def test_one_shared_call_feeds_another(sampler):
     """A second call on what the first wrote for both halves is shared too."""
 
     def body(calls):
         again = Call("flow_encode", {"latents": Cat(0, ("latents", "latents"))}, {"skip": "other", "tokens": "unread"})
         return [*calls[:2], again, *calls[2:]]
 
-    after, report = ShareSamples()(toy.repaint(painter, body))
+    after, report = ShareSamples()(toy.repaint(sampler, body))
     assert len(report.rewrites) == 2
-    assert compare(toy.repaint(painter, body), after) is None
+    assert compare(toy.repaint(sampler, body), after) is None
 
 
 # ------------------------------------------------------------------------------------------------------- left alone
@@ -120,22 +120,22 @@ def carried(calls):
         (decode(skip=Cat(1, ("skip", "skip"))), "flow_encode: skip is read as a part of something"),
     ],
 )
-def test_other_schedules(painter, change, why):
-    unchanged(toy.repaint(painter, change), ShareSamples(), why)
+def test_other_schedules(sampler, change, why):
+    unchanged(toy.repaint(sampler, change), ShareSamples(), why)
 
 
-def test_values_that_are_read_after_the_loop(painter):
+def test_values_that_are_read_after_the_loop(sampler):
     after = (Call("decode_image", {"latents": "skip", "image": "other"}),)
-    unchanged(toy.repaint(painter, after=after), ShareSamples(), "flow_encode: skip is read outside the loop")
+    unchanged(toy.repaint(sampler, after=after), ShareSamples(), "flow_encode: skip is read outside the loop")
 
 
-def test_a_velocity_that_both_halves_share(painter):
+def test_a_velocity_that_both_halves_share(sampler):
     """The solver takes the halves of a velocity apart, so it needs both."""
 
     def body(calls):
         return [calls[0], replace(calls[1], writes={"tokens": "velocity"})]
 
-    unchanged(toy.repaint(painter, body), ShareSamples(), "flow_encode: velocity is read outside the loop")
+    unchanged(toy.repaint(sampler, body), ShareSamples(), "flow_encode: velocity is read outside the loop")
 
 
 def encoder(run):
@@ -210,8 +210,8 @@ def test_programs_that_do_not_paint():
     assert report.rewrites == []
 
 
-def test_twice(painter):
-    twice(painter, ShareSamples())
+def test_twice(sampler):
+    twice(sampler, ShareSamples())
 
 
 # ----------------------------------------------------------------------------------------------------------- broken
@@ -237,8 +237,8 @@ class FirstOfAll(ShareSamples):
         return replace(loop, body=tuple(body))
 
 
-def test_sharing_what_differs_is_caught(painter):
-    program = toy.repaint(painter, halves_differ)
+def test_sharing_what_differs_is_caught(sampler):
+    program = toy.repaint(sampler, halves_differ)
     unchanged(program, ShareSamples(), "flow_decode: its samples differ")
     caught(program, FirstOfAll(), "flow_decode")
 

@@ -14,15 +14,15 @@ from mmopt.spec.schedule import Call, Cat, Loop
 
 
 @pytest.fixture(scope="module")
-def painter():
+def sampler():
     return toy.program()
 
 
-def test_the_prompt_gets_a_call_of_its_own(painter, snapshot):
-    after, report = SplitCalls()(painter)
-    snapshot("split_calls", f"before {toy.painting_text(painter)}\n\nafter {toy.painting_text(after)}")
+def test_the_prompt_gets_a_call_of_its_own(sampler, snapshot):
+    after, report = SplitCalls()(sampler)
+    snapshot("split_calls", f"before {toy.generation_text(sampler)}\n\nafter {toy.generation_text(after)}")
     assert report.rewrites == ["language_model: rows of prompt.text are fed by a call of their own, before the others"]
-    assert after.stages.keys() == painter.stages.keys()  # both calls run the same stage: no weight is stored twice
+    assert after.stages.keys() == sampler.stages.keys()  # both calls run the same stage: no weight is stored twice
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,21 +32,21 @@ def test_same_numbers(dtype):
 
 
 @pytest.mark.parametrize("lengths", [(2,), (9,), (2, 9, 5), (24, 2)])
-def test_same_pictures(painter, lengths):
-    toy.same_pictures(painter, SplitCalls()(painter)[0], lengths)
+def test_same_pictures(sampler, lengths):
+    toy.same_pictures(sampler, SplitCalls()(sampler)[0], lengths)
 
 
-def test_text_is_answered_as_before(painter):
-    toy.same_answers(painter, SplitCalls()(painter)[0])
+def test_text_is_answered_as_before(sampler):
+    toy.same_answers(sampler, SplitCalls()(sampler)[0])
 
 
-def test_several_values_before_the_first_that_changes(painter):
+def test_several_values_before_the_first_that_changes(sampler):
     def body(calls):
         rows = {"visual": Cat(1, ("prompt.text", "prompt.text", "time_row"))}
         calls[2] = replace(calls[2], rename=calls[2].rename | rows)
         return calls
 
-    before = toy.repaint(painter, body)
+    before = toy.repaint(sampler, body)
     after, _ = SplitCalls()(before)
     first, second = (c for c in after.schedules.image[1].body if c.stage == "language_model")
     assert first.source("text") == Cat(1, ("prompt.text", "prompt.text"))
@@ -54,7 +54,7 @@ def test_several_values_before_the_first_that_changes(painter):
     assert second.source("past") == "prompt.past"
     noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
     given = [[1, 4, 6], [1, 5, 7]], noise
-    torch.testing.assert_close(after.paint(*given), before.paint(*given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.generate_images(*given), before.generate_images(*given), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- left alone
@@ -94,8 +94,8 @@ CHANGES = "language_model: its first rows change from trip to trip"
         (another_stage, "flow_decode: it keeps no rows in a cache"),
     ],
 )  # fmt: skip
-def test_other_schedules(painter, change, why):
-    unchanged(toy.repaint(painter, change), SplitCalls(), why)
+def test_other_schedules(sampler, change, why):
+    unchanged(toy.repaint(sampler, change), SplitCalls(), why)
 
 
 class Other(toy.LanguageModel):
@@ -169,8 +169,8 @@ def test_other_programs():
         unchanged(program, SplitCalls(), "painting: no call in a loop begins with rows")
 
 
-def test_twice(painter):
-    twice(painter, SplitCalls())
+def test_twice(sampler):
+    twice(sampler, SplitCalls())
 
 
 # ----------------------------------------------------------------------------------------------------------- broken
@@ -195,17 +195,17 @@ class Broken(SplitCalls):
         {"text": Cat(1, ("prompt.text", "tokens"))},  # with the prompt once more
     ],
 )
-def test_wrong_calls_are_caught(painter, wrong):
-    caught(painter, Broken(**wrong), "flow_decode")
+def test_wrong_calls_are_caught(sampler, wrong):
+    caught(sampler, Broken(**wrong), "flow_decode")
 
 
-def test_the_toy_has_what_the_pass_looks_for(painter):
-    graph = painter.stages["language_model"].graph
+def test_the_toy_has_what_the_pass_looks_for(sampler):
+    graph = sampler.stages["language_model"].graph
     assert sum(n.target is CACHED_ATTENTION for n in graph.nodes) == 2
-    assert isinstance(painter.schedules.image[1], Loop)
-    assert painter.schedules.image[1].body[2] == Call(
+    assert isinstance(sampler.schedules.image[1], Loop)
+    assert sampler.schedules.image[1].body[2] == Call(
         "language_model",
         {"visual": Cat(1, ("prompt.text", "time_row")), "text": "tokens", "past": "prompt.begin",
          "offset": "prompt.offset", "seen": "prompt.seen"},
-        {k: f"image.{k}" for k in painter.stages["language_model"].outputs if k != "hidden"},
+        {k: f"image.{k}" for k in sampler.stages["language_model"].outputs if k != "hidden"},
     )  # fmt: skip

@@ -206,7 +206,7 @@ def test_engine_equals_the_library_on_the_plain_model(engine, flamingo):
 
 
 def test_one_beam_is_greedy(engine):
-    made = engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT, beams=1, length_penalty=-2.0)
+    made = engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT, num_beams=1, length_penalty=-2.0)
     assert made == engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT)
     assert (made.score, made.hypotheses) == (None, [])
 
@@ -221,18 +221,18 @@ def test_after_a_prefix(engine):
 
 
 def test_in_a_batch(engine):
-    beams = [Request(PROMPT, PICTURES, LIMIT, beams=n, length_penalty=-2.0) for n in (3, 5)]
+    beams = [Request(PROMPT, PICTURES, LIMIT, num_beams=n, length_penalty=-2.0) for n in (3, 5)]
     plain = [Request(PROMPT[5:], PICTURES[1:], n) for n in (LIMIT, 3, 12)]
     asked = [plain[0], beams[0], *plain[1:], beams[1]]
     together = engine.generate_batch(asked)
     assert together == [engine.generate_batch([r])[0] for r in asked]
-    assert together[1] == engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT, beams=3, length_penalty=-2.0)
+    assert together[1] == engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT, num_beams=3, length_penalty=-2.0)
 
 
 def test_to_exactly_the_last_slot(engine):
-    made = engine.generate(PROMPT, PICTURES, beams=5, length_penalty=1.0)
+    made = engine.generate(PROMPT, PICTURES, num_beams=5, length_penalty=1.0)
     assert max(len(h.ids) for h in made.hypotheses) == 20 - len(PROMPT) + 1
-    short = engine.generate(PROMPT, PICTURES, max_new_tokens=1, beams=5)
+    short = engine.generate(PROMPT, PICTURES, max_new_tokens=1, num_beams=5)
     assert [len(h.ids) for h in short.hypotheses] == [1] * 5
 
 
@@ -260,7 +260,7 @@ def test_refused(engine, options, message):
 
 def test_a_conversation_has_no_beams(engine):
     with pytest.raises(EngineError, match="beams is 2, but a conversation"):
-        engine.chat().send("a", beams=2)
+        engine.chat().send("a", num_beams=2)
 
 
 # ----------------------------------------------------------------------------------------- images in the text, words
@@ -284,14 +284,17 @@ def test_images_in_the_text(words, monkeypatch):
         new = ids[:, len(prompt) :]
         steps = new.shape[1] + 1
         forced = np.pad(new.numpy(), ((0, 0), (0, 1)))
-        runs = [words.run_ids([prompt], pixels, max_new_tokens=steps, forced=f[None], logits=True) for f in forced]
+        runs = [
+            words.debug.generate_ids([prompt], pixels, max_new_tokens=steps, forced=f[None], logits=True)
+            for f in forced
+        ]
         return torch.from_numpy(np.stack([r.logits[0] for r in runs]))
 
     monkeypatch.setattr(words, "info", replace(words.info, eos_ids=tuple(likely(logits, prompt, 1, skip=2))))
     for beams, penalty in itertools.product((2, 4), (-2.0, 0.0, 1.0)):
         expected = searched(logits, prompt, beams, LIMIT, words.info.eos_ids, penalty)
         made = words.generate(
-            prompt, PICTURES, max_new_tokens=LIMIT, beams=beams, length_penalty=penalty, logprobs=True
+            prompt, PICTURES, max_new_tokens=LIMIT, num_beams=beams, length_penalty=penalty, logprobs=True
         )
         assert [tuple(h.ids) for h in made.hypotheses] == [h.ids for h in expected]
         np.testing.assert_allclose(made.logprobs, expected[0].logprobs, atol=1e-4)
@@ -300,7 +303,7 @@ def test_images_in_the_text(words, monkeypatch):
 def test_text_and_command_line(words):
     from mmopt.cli import app
 
-    made = words.generate("what is it", beams=3, length_penalty=0.0, max_new_tokens=6)
+    made = words.generate("what is it", num_beams=3, length_penalty=0.0, max_new_tokens=6)
     for h in made.hypotheses:
         assert h.text == words.text.decode(h.ids).strip()
     run = [

@@ -123,7 +123,7 @@ def program_run(program, prompts, images, **kw):
 def test_runs_as_the_program(each, traced, name):
     prompts, images, steps = PROMPTS[name], images_of(PROMPTS[name]), 6
     values, logits = program_run(traced, prompts, images, max_new_tokens=steps, ignore_eos=True)
-    run = each.run_ids(prompts, images, max_new_tokens=steps, ignore_eos=True, logits=True, caches=True)
+    run = each.debug.generate_ids(prompts, images, max_new_tokens=steps, ignore_eos=True, logits=True, caches=True)
     assert run.tokens == values["tokens"]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
     assert run.past.tolist() == values["past"].tolist()
@@ -145,7 +145,7 @@ def test_runs_as_the_recorded_reference(each):
     from safetensors.numpy import load_file
 
     case = load_file(DATA / "mm_two_images.safetensors")
-    run = each.run_ids(
+    run = each.debug.generate_ids(
         case["in.input_ids"].tolist(), case["in.pixel_values"], max_new_tokens=16, ignore_eos=True, logits=True
     )
     assert run.tokens == case["out.greedy.token_ids"].tolist()
@@ -158,7 +158,9 @@ def test_grouped_heads(tmp_path):
     made = Engine(export(optimize(program, check=False).program, tmp_path / "gqa"), threads=1)
     prompts = PROMPTS["ragged"][:3]
     values, logits = program_run(program, prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True)
-    run = made.run_ids(prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
+    run = made.debug.generate_ids(
+        prompts, images_of(prompts), max_new_tokens=5, ignore_eos=True, logits=True, caches=True
+    )
     assert run.caches["key_cache.0"].shape == (3, 2, CONTEXT, 16)
     assert run.tokens == values["tokens"]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
@@ -170,19 +172,19 @@ def test_forced_ids(engine, traced):
     _, logits = program_run(
         traced, prompts, images_of(prompts), max_new_tokens=4, forced=torch.from_numpy(forced), ignore_eos=True
     )
-    run = engine.run_ids(prompts, images_of(prompts), max_new_tokens=4, forced=forced, logits=True)
+    run = engine.debug.generate_ids(prompts, images_of(prompts), max_new_tokens=4, forced=forced, logits=True)
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
     assert run.tokens == logits.argmax(-1).tolist()
     with pytest.raises(EngineError, match="forced"):
-        engine.run_ids(prompts, images_of(prompts), max_new_tokens=3, forced=forced)
+        engine.debug.generate_ids(prompts, images_of(prompts), max_new_tokens=3, forced=forced)
 
 
 def test_end_of_sequence_stops_a_sample_but_not_its_batch(engine, traced, monkeypatch):
     prompts, images = PROMPTS["ragged"], images_of(PROMPTS["ragged"])
-    free = engine.run_ids(prompts, images, max_new_tokens=8, ignore_eos=True, caches=True)
+    free = engine.debug.generate_ids(prompts, images, max_new_tokens=8, ignore_eos=True, caches=True)
     end = free.tokens[1][2]
     monkeypatch.setattr(engine, "info", replace(engine.info, eos_ids=tuple([end])))
-    run = engine.run_ids(prompts, images, max_new_tokens=8, caches=True)
+    run = engine.debug.generate_ids(prompts, images, max_new_tokens=8, caches=True)
     for sample, (got, all_tokens) in enumerate(zip(run.tokens, free.tokens, strict=True)):
         cut = all_tokens[: all_tokens.index(end) + 1] if end in all_tokens else all_tokens
         assert got == cut
@@ -200,12 +202,12 @@ def test_to_exactly_the_last_slot(each, traced, name):
     rows = len(prompts[0]) + prompts[0].count(IMAGE) * (ROWS - 1)
     new = CONTEXT - rows + 1
     values, logits = program_run(traced, prompts, images, max_new_tokens=new, ignore_eos=True)
-    run = each.run_ids(prompts, images, max_new_tokens=new, ignore_eos=True, logits=True)
+    run = each.debug.generate_ids(prompts, images, max_new_tokens=new, ignore_eos=True, logits=True)
     assert run.tokens == values["tokens"]
     assert run.past.tolist() == [CONTEXT]
     np.testing.assert_allclose(np.stack(run.logits), logits, atol=ATOL)
     with pytest.raises(EngineError, match=f"{rows} rows and {new + 1} new tokens .* holds {CONTEXT}"):
-        each.run_ids(prompts, images, max_new_tokens=new + 1)
+        each.debug.generate_ids(prompts, images, max_new_tokens=new + 1)
 
 
 def test_a_full_sample_beside_one_that_goes_on(engine, monkeypatch):
@@ -220,7 +222,10 @@ def test_a_full_sample_beside_one_that_goes_on(engine, monkeypatch):
     together = engine.generate_batch(requests)
     assert [c.completion_tokens for c in together] == [3, 1, 30, 10]
     for request, completion in zip(requests, together, strict=True):
-        assert completion.ids == engine.run_ids([request.prompt], max_new_tokens=request.max_new_tokens).tokens[0]
+        assert (
+            completion.ids
+            == engine.debug.generate_ids([request.prompt], max_new_tokens=request.max_new_tokens).tokens[0]
+        )
 
 
 def test_prefill_of_one_lane_leaves_the_others(engine):
@@ -242,7 +247,7 @@ def test_prefill_of_one_lane_leaves_the_others(engine):
 def test_generate(engine):
     done = engine.generate("what is it", images=[picture(1)], max_new_tokens=12, logprobs=True)
     prompt = engine.text.encode("USER: <|image|>what is it ASSISTANT:")
-    run = engine.run_ids([prompt], engine.image_processor([picture(1)]), max_new_tokens=12, logits=True)
+    run = engine.debug.generate_ids([prompt], engine.image_processor([picture(1)]), max_new_tokens=12, logits=True)
     assert isinstance(done, Completion)
     assert done.ids == run.tokens[0]
     assert done.text == engine.text.decode(done.ids)
@@ -360,7 +365,7 @@ def test_leading_text_that_was_written_over_is_read_again(engine):
 def test_caches_that_may_be_broken_are_not_used_again(directories, monkeypatch):
     engine = Engine(directories["optimized"], threads=1)
     with pytest.raises(EngineError, match="not finite"):
-        engine.run_ids([[IMAGE, 5]], np.full((1, 3, 56, 56), np.nan, np.float32))
+        engine.debug.generate_ids([[IMAGE, 5]], np.full((1, 3, 56, 56), np.nan, np.float32))
     engine.generate([1, 5], max_new_tokens=2)
     assert len(engine.decoder._pool) == 1
     monkeypatch.setattr(Decoder, "prefill", lambda *_: np.full(304, np.nan, np.float32))
@@ -662,15 +667,15 @@ def test_wrong_requests(engine, prompt, options, message):
 
 def test_wrong_runs_of_ids(engine):
     with pytest.raises(EngineError, match=r"5 prompts at once, .* at most 4"):
-        engine.run_ids([[1]] * 5)
+        engine.debug.generate_ids([[1]] * 5)
     with pytest.raises(EngineError, match="places for 1 images, but 0"):
-        engine.run_ids([[IMAGE, 1]])
+        engine.debug.generate_ids([[IMAGE, 1]])
     with pytest.raises(EngineError, match="places for 1 images, but 2"):
-        engine.run_ids([[IMAGE, 1]], pixels(2))
+        engine.debug.generate_ids([[IMAGE, 1]], pixels(2))
     with pytest.raises(EngineError, match=r"shape \(1, 3, 28, 28\), expected \(N, 3, 56, 56\)"):
-        engine.run_ids([[IMAGE, 1]], np.zeros((1, 3, 28, 28), np.float32))
+        engine.debug.generate_ids([[IMAGE, 1]], np.zeros((1, 3, 28, 28), np.float32))
     with pytest.raises(EngineError, match="max_new_tokens"):
-        engine.run_ids([[1]], max_new_tokens=0)
+        engine.debug.generate_ids([[1]], max_new_tokens=0)
 
 
 def test_a_directory_without_tokenizer(directory):
@@ -703,8 +708,8 @@ def test_it_imports_no_torch():
 def test_cuda(directories, engine, name):
     prompts, images = PROMPTS[name], images_of(PROMPTS[name])
     options = {"max_new_tokens": 6, "ignore_eos": True, "logits": True, "caches": True}
-    on_device = Engine(directories["optimized"], provider="cuda").run_ids(prompts, images, **options)
-    on_host = engine.run_ids(prompts, images, **options)
+    on_device = Engine(directories["optimized"], provider="cuda").debug.generate_ids(prompts, images, **options)
+    on_host = engine.debug.generate_ids(prompts, images, **options)
     assert on_device.tokens == on_host.tokens
     np.testing.assert_allclose(np.stack(on_device.logits), np.stack(on_host.logits), atol=1e-2)
     assert on_device.past.tolist() == on_host.past.tolist()

@@ -136,7 +136,7 @@ def both_runs(engine, program, prompts, n, steps=5, **kw):
     forced = kw.pop("forced", None)
     more = {} if forced is None else {"forced": torch.from_numpy(forced)}
     tokens, logits = program_run(program, prompts, pixels, inputs, tiles, max_new_tokens=steps, **kw, **more)
-    made = engine.run_ids(
+    made = engine.debug.generate_ids(
         prompts, pixels, image_inputs=inputs, tiles=tiles, max_new_tokens=steps, ignore_eos=True, logits=True,
         forced=forced, **kw,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_other_counts_than_markers(any_engine, programs, family, parts, images):
 
 def test_markers_that_came_before(any_engine, programs, family):
     program = programs[family]
-    both_runs(any_engine, program, [prompt(program.info, 4, M, 2)], 2, images=[2], before=[1])
+    both_runs(any_engine, program, [prompt(program.info, 4, M, 2)], 2, images=[2], num_previous_images=[1])
 
 
 def test_a_marker_fed_while_decoding(any_engine, programs, family):
@@ -189,13 +189,13 @@ def test_a_sample_that_sees_none_of_its_images(directories, programs, family):
         own = {k: x[lo:hi] for k, x in (inputs or {}).items()}
         return {"pixel_values": pixels[lo:hi], "image_inputs": own or None, "tiles": tiles and tiles[lo:hi], **run}
 
-    together = engines["optimized"].run_ids(prompts, images=[1, 2], **part(0, 3))
+    together = engines["optimized"].debug.generate_ids(prompts, images=[1, 2], **part(0, 3))
     for b, (lo, hi) in enumerate(((0, 1), (1, 3))):
-        alone = engines["traced"].run_ids(prompts[b : b + 1], images=[hi - lo], **part(lo, hi))
+        alone = engines["traced"].debug.generate_ids(prompts[b : b + 1], images=[hi - lo], **part(lo, hi))
         assert alone.tokens == [together.tokens[b]]
         np.testing.assert_allclose(alone.logits[0], together.logits[b], atol=ATOL)
     with pytest.raises(EngineError, match="sees none of its images beside samples with another number"):
-        engines["traced"].run_ids(prompts, images=[1, 2], **part(0, 3))
+        engines["traced"].debug.generate_ids(prompts, images=[1, 2], **part(0, 3))
 
 
 def test_images_are_read(any_engine, family):
@@ -209,7 +209,7 @@ def test_generate(flamingo):
     done = flamingo.generate("what is it", images=[picture(1)], max_new_tokens=9, logprobs=True)
     wanted = flamingo.text.encode("<image>what is it")
     assert done.prompt_tokens == len(wanted) == 11
-    run = flamingo.run_ids([wanted], flamingo.image_processor([picture(1)]), max_new_tokens=9)
+    run = flamingo.debug.generate_ids([wanted], flamingo.image_processor([picture(1)]), max_new_tokens=9)
     assert done.ids == run.tokens[0][: len(done.ids)]
     assert flamingo.generate(wanted, [picture(1)], max_new_tokens=9, logprobs=True) == done
     assert "".join(flamingo.generate("what is it", [picture(1)], stream=True, max_new_tokens=9)) == done.text
@@ -262,9 +262,9 @@ def test_wrong_requests(flamingo):
         with pytest.raises(EngineError, match=message):
             flamingo.generate(given_prompt, images)
     with pytest.raises(EngineError, match="places for 1 images, but 2 were given"):
-        flamingo.run_ids([[5, marker]], np.zeros((2, 3, 42, 42), np.float32))
+        flamingo.debug.generate_ids([[5, marker]], np.zeros((2, 3, 42, 42), np.float32))
     with pytest.raises(EngineError, match=r"expected None or 1 numbers"):
-        flamingo.run_ids([[5]], images=[1, 2])
+        flamingo.debug.generate_ids([[5]], images=[1, 2])
 
 
 # ----------------------------------------------------------------------------------------------- images kept in a store
@@ -297,7 +297,7 @@ def test_a_picture_is_encoded_once(directories, family, monkeypatch):
 def test_a_small_budget_drives_images_out(directories, monkeypatch):
     probe = Engine(directories["openflamingo", "optimized"], threads=1)
     one, _ = probe._ready(pictures(1))
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=2 * one[0].nbytes)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=2 * one[0].nbytes)
     encoded, shown, asked = Encoded(monkeypatch), pictures(3), prompt(engine.info, M, 2)
     first = [engine.generate(asked, [s], max_new_tokens=3).ids for s in shown]
     assert (encoded.images, len(engine.store)) == (3, 2)
@@ -308,13 +308,13 @@ def test_a_small_budget_drives_images_out(directories, monkeypatch):
 
 
 def test_nothing_is_kept_without_a_budget(directories, monkeypatch):
-    engine = Engine(directories["openflamingo", "optimized"], threads=1, keep_bytes=0)
+    engine = Engine(directories["openflamingo", "optimized"], threads=1, cache_bytes=0)
     encoded, asked = Encoded(monkeypatch), prompt(engine.info, M, 2)
     answers = [engine.generate(asked, pictures(1), max_new_tokens=3).ids for _ in range(2)]
     assert answers[0] == answers[1]
     assert (encoded.images, len(engine.store)) == (2, 0)
-    with pytest.raises(EngineError, match="keep_bytes is -1"):
-        Engine(directories["openflamingo", "optimized"], keep_bytes=-1)
+    with pytest.raises(EngineError, match="cache_bytes is -1"):
+        Engine(directories["openflamingo", "optimized"], cache_bytes=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
@@ -421,6 +421,6 @@ def test_other_kinds_run_as_the_program(toy, name):
     pixels = np.random.default_rng(0).standard_normal((n, 3, 4, 4)).astype(np.float32) if n else None
     tokens, logits = program_run(program, prompts, pixels, None, tiles, **kw)
     for engine in engines:
-        made = engine.run_ids(prompts, pixels, tiles=tiles, ignore_eos=True, logits=True, **kw)
+        made = engine.debug.generate_ids(prompts, pixels, tiles=tiles, ignore_eos=True, logits=True, **kw)
         np.testing.assert_allclose(np.stack(made.logits), logits, atol=1e-4)
         assert made.tokens == tokens

@@ -125,16 +125,16 @@ def test_runs_by_hand(engine, kind, layout):
     images = shown(kind, prompts)
     forced = np.array(FORCED[: len(prompts)])
     more = {"max_new_tokens": 4, "forced": forced, "logits": True}
-    found = engine.run_ids(prompts, None if images is None else images.numpy(), **more)
+    found = engine.debug.generate_ids(prompts, None if images is None else images.numpy(), **more)
     logits = torch.from_numpy(np.stack(found.logits))
     made, kw = by_hand(kind, images)
     torch.testing.assert_close(logits, reference(family, prompts, FORCED, made, **kw), atol=ATOL, rtol=ATOL)
     torch.testing.assert_close(logits, run(result(kind).program, prompts, images), atol=ATOL, rtol=ATOL)
     if images is not None:
         rows = engine.encode_images(images.numpy())
-        again = engine.run_ids(prompts, image_rows=rows, **more)
+        again = engine.debug.generate_ids(prompts, image_embeds=rows, **more)
         np.testing.assert_array_equal(np.stack(again.logits), np.stack(found.logits))
-        again = engine.run_ids(prompts, image_rows=rows.numpy(), **more)
+        again = engine.debug.generate_ids(prompts, image_embeds=rows.numpy(), **more)
         np.testing.assert_array_equal(np.stack(again.logits), np.stack(found.logits))
 
 
@@ -142,7 +142,7 @@ def test_caches_are_the_programs(engine, kind):
     family = MADE[kind][0]
     prompts = ids_of(family, "batch")
     images = shown(kind, prompts)
-    made = engine.run_ids(prompts, images.numpy(), max_new_tokens=3, ignore_eos=True, caches=True)
+    made = engine.debug.generate_ids(prompts, images.numpy(), max_new_tokens=3, ignore_eos=True, caches=True)
     values = result(kind).program(prompts, images, max_new_tokens=3, ignore_eos=True)
     assert made.tokens == values["tokens"]
     assert made.past.tolist() == values["past"].tolist()
@@ -282,10 +282,10 @@ def test_prompts_that_reach_beyond_the_table(janus):
     program = result("janus").program
     (prompt,) = ids_of("janus", [(10, I, 10, I, 10, I, 5)])  # 50 rows, 86 positions
     images = shown("janus", [prompt])
-    said = janus.run_ids([prompt], images.numpy(), max_new_tokens=5, ignore_eos=True)
+    said = janus.debug.generate_ids([prompt], images.numpy(), max_new_tokens=5, ignore_eos=True)
     assert said.tokens == program([prompt], images, max_new_tokens=5, ignore_eos=True)["tokens"]
     with pytest.raises(EngineError, match="prompt 0 reaches position 91, rows of images that were left out counted"):
-        janus.run_ids([prompt], images.numpy(), max_new_tokens=6)
+        janus.debug.generate_ids([prompt], images.numpy(), max_new_tokens=6)
     with pytest.raises(ValueError, match="prompt 0 reaches position 91"):
         program([prompt], images, max_new_tokens=6)
     with pytest.raises(EngineError, match="reaches position 91"):
@@ -314,7 +314,7 @@ def test_forgotten_images_are_noticed(directories, monkeypatch):
         "mmopt.runtime.decoder.told_of_images", lambda a, b, info: real(a, b, info) | {"left_out_before": a * 0}
     )
     more = {"max_new_tokens": 4, "forced": np.array(FORCED[:1]), "logits": True}
-    found = engine.run_ids(prompts, images.numpy(), **more)
+    found = engine.debug.generate_ids(prompts, images.numpy(), **more)
     assert np.abs(np.stack(found.logits) - wanted.numpy()).max() > 1e-2
 
 
@@ -326,7 +326,7 @@ def test_half_precision(janus, tmp_path):
     prompts = ids_of("janus", "batch")
     images = shown("janus", prompts).numpy()
     more = {"max_new_tokens": 4, "forced": np.array(FORCED), "logits": True}
-    one, two = (np.stack(e.run_ids(prompts, images, **more).logits) for e in (janus, half))
+    one, two = (np.stack(e.debug.generate_ids(prompts, images, **more).logits) for e in (janus, half))
     assert 0 < np.linalg.norm(one - two) < 0.01 * np.linalg.norm(one)
     renumbered, _ = compress(traced("janus"), 0.25, "pool", "encode_vision", position_ids="renumber")
     other = run(renumbered, prompts, torch.from_numpy(images)).numpy()

@@ -21,7 +21,7 @@ from mmopt.passes.share_samples import ShareSamples
 from mmopt.passes.split_calls import SplitCalls
 from mmopt.runtime import session
 from mmopt.runtime.engine import Engine
-from mmopt.runtime.image_generation import Painting
+from mmopt.runtime.image_generation import GeneratedImages
 from mmopt.runtime.request import Request
 from mmopt.search.optimize import optimize
 from mmopt.spec.errors import EngineError
@@ -87,7 +87,7 @@ def noise(count, seed=0):
     return np.random.default_rng(seed).standard_normal((count, 2, 8, 8)).astype(np.float32)
 
 
-def same(made: Painting, wanted, rows=slice(None), atol=2e-5):
+def same(made: GeneratedImages, wanted, rows=slice(None), atol=2e-5):
     np.testing.assert_allclose(made.latents, wanted["latents"][rows], atol=atol)
     np.testing.assert_allclose(made.pixels, wanted["image"][rows], atol=atol)
     if made.trajectory is not None:
@@ -99,8 +99,8 @@ def same(made: Painting, wanted, rows=slice(None), atol=2e-5):
 @pytest.mark.parametrize("count", [1, 2])
 def test_as_the_program(each, plain, plan, count):
     prompts, z = PROMPTS[:count], noise(count)
-    made = each.paint(prompts, solver=plan, noise=z, trajectory=True)
-    same(made, plain.paint(prompts, torch.from_numpy(z), plan))
+    made = each.generate_images(prompts, solver=plan, noise=z, trajectory=True)
+    same(made, plain.generate_images(prompts, torch.from_numpy(z), plan))
     assert made.plan is plan
     assert made.latents.dtype == made.pixels.dtype == np.float32
 
@@ -109,16 +109,18 @@ def test_evaluations_without_guidance(each, plain):
     plan = make_plan("euler", 4, 2.0)
     guided = np.array([True, False, True, False])
     plan = type(plan)("mixed", plan.times, plan.a, plan.cond, plan.uncond * guided, guided, 2.0)
-    made = each.paint(PROMPTS[:2], solver=plan, noise=noise(2), trajectory=True)
-    same(made, plain.paint(PROMPTS[:2], torch.from_numpy(noise(2)), plan))
+    made = each.generate_images(PROMPTS[:2], solver=plan, noise=noise(2), trajectory=True)
+    same(made, plain.generate_images(PROMPTS[:2], torch.from_numpy(noise(2)), plan))
 
 
 def test_more_prompts_than_the_batch(each, plain):
     """In groups of two: the longest prompt, alike ones and an odd one at the end."""
     plan, told = make_plan("euler", 2), []
     z = noise(5)
-    made = each.paint(PROMPTS, solver=plan, noise=z, trajectory=True, progress=lambda done, of: told.append((done, of)))
-    same(made, plain.paint(PROMPTS, torch.from_numpy(z), plan))
+    made = each.generate_images(
+        PROMPTS, solver=plan, noise=z, trajectory=True, progress=lambda done, of: told.append((done, of))
+    )
+    same(made, plain.generate_images(PROMPTS, torch.from_numpy(z), plan))
     assert told == [(i, 6) for i in range(1, 7)]
     assert len(made.trajectory) == 2
 
@@ -126,26 +128,26 @@ def test_more_prompts_than_the_batch(each, plain):
 def test_prompts_that_are_alike(each, plain):
     """Rows of a prompt that another sample has too are read once; pictures differ by their noise."""
     prompts, z, plan = [PROMPTS[0]] * 2, noise(2), make_plan("euler", 3)
-    same(each.paint(prompts, solver=plan, noise=z), plain.paint(prompts, torch.from_numpy(z), plan))
+    same(each.generate_images(prompts, solver=plan, noise=z), plain.generate_images(prompts, torch.from_numpy(z), plan))
     alone = [[7, 3], [7, 9]]  # of two ids: the conditional half is the unconditional one
-    same(each.paint(alone, solver=plan, noise=z), plain.paint(alone, torch.from_numpy(z), plan))
+    same(each.generate_images(alone, solver=plan, noise=z), plain.generate_images(alone, torch.from_numpy(z), plan))
 
 
 def test_what_is_painted_beside_it_does_not_change_a_picture(engine):
-    together = engine.paint(PROMPTS[:2], 3, noise=noise(2))
+    together = engine.generate_images(PROMPTS[:2], steps=3, noise=noise(2))
     for i in range(2):
-        alone = engine.paint(PROMPTS[i : i + 1], 3, noise=noise(2)[i : i + 1])
+        alone = engine.generate_images(PROMPTS[i : i + 1], steps=3, noise=noise(2)[i : i + 1])
         np.testing.assert_allclose(alone.latents, together.latents[i : i + 1], atol=1e-5)
 
 
 def test_from_several_threads(engine):
     """Each painting has caches of its own; text may be answered meanwhile."""
-    wanted = [engine.paint([p], 3, noise=noise(1)).latents for p in PROMPTS[:3]]
+    wanted = [engine.generate_images([p], steps=3, noise=noise(1)).latents for p in PROMPTS[:3]]
     answer = engine.generate([5, 6, 7], max_new_tokens=4).ids
     found, answers = [None] * 3, []
 
     def run(i):
-        found[i] = [engine.paint([PROMPTS[i]], 3, noise=noise(1)).latents for _ in range(3)]
+        found[i] = [engine.generate_images([PROMPTS[i]], steps=3, noise=noise(1)).latents for _ in range(3)]
         answers.append(engine.generate([5, 6, 7], max_new_tokens=4).ids)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
@@ -164,8 +166,8 @@ def test_observed_as_the_program(engine, plain):
     plan = make_plan("euler", 2)
     optimized = optimize(plain, check=False).program
     given = PROMPTS[:2], torch.from_numpy(noise(2)), plan
-    optimized.paint(*given, observe=lambda phase, call, made, chunk: stages[0].append((phase, call.stage)))
-    engine.paint(
+    optimized.generate_images(*given, observe=lambda phase, call, made, chunk: stages[0].append((phase, call.stage)))
+    engine.generate_images(
         PROMPTS[:2], solver=plan, noise=noise(2),
         observe=lambda phase, call, made, chunk: stages[1].append((phase, call.stage)),
     )  # fmt: skip
@@ -177,12 +179,12 @@ def test_without_a_decoder_of_images(tmp_path):
         del specs["decode_image"]
 
     program = toy.program(change=change)
-    made = Engine(export(program, tmp_path / "engine"), threads=1).paint([[1, 2, 3]], 2, noise=noise(1))
-    wanted = program.paint([[1, 2, 3]], torch.from_numpy(noise(1)), made.plan)["latents"]
+    made = Engine(export(program, tmp_path / "engine"), threads=1).generate_images([[1, 2, 3]], steps=2, noise=noise(1))
+    wanted = program.generate_images([[1, 2, 3]], torch.from_numpy(noise(1)), made.plan)["latents"]
     np.testing.assert_allclose(made.latents, wanted, atol=2e-5)
     assert made.pixels is None
     with pytest.raises(EngineError, match="no decoder of images: export it from a checkpoint with its VAE"):
-        made.images()
+        list(made)
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures
@@ -190,7 +192,7 @@ def test_pictures_of_8_bits():
     """Rounded down, clipped at both ends, channels last."""
     levels = np.array([-9.0, -1.0, -0.9961, 0.0, 0.9999, 1.0, 3.0, -1 + 2.02 / 255], np.float32)
     pixels = np.stack([levels.reshape(2, 4), -levels.reshape(2, 4), np.zeros((2, 4), np.float32)])[None]
-    (image,) = Painting(np.zeros(0), pixels, make_plan("euler", 1)).images()
+    (image,) = GeneratedImages(np.zeros(0), pixels, make_plan("euler", 1)).images()
     assert (image.size, image.mode) == ((4, 2), "RGB")
     array = np.asarray(image)
     assert array[..., 0].reshape(-1).tolist() == [0, 0, 0, 127, 254, 255, 255, 1]
@@ -199,8 +201,8 @@ def test_pictures_of_8_bits():
 
 
 def test_generate_image(engine):
-    images = engine.generate_image([1, 5, 6, 7], n=3, steps=2, seed=5)
-    wanted = engine.paint([[1, 5, 6, 7]] * 3, 2, seed=5)
+    images = engine.generate_images([1, 5, 6, 7], n=3, steps=2, seed=5)
+    wanted = engine.generate_images([[1, 5, 6, 7]] * 3, steps=2, seed=5)
     assert [np.asarray(i).tolist() for i in images] == [np.asarray(i).tolist() for i in wanted.images()]
     levels = ((np.clip(wanted.pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(images[1]), levels[1].transpose(1, 2, 0))
@@ -209,18 +211,18 @@ def test_generate_image(engine):
 def test_prompts_as_text(engine):
     prompt = engine.text.encode(engine.template.render([{"role": "user", "content": "a tree"}], painting=True))
     assert len(prompt) > 6
-    by_text = engine.paint(["a tree", [*prompt, 3]], 2, noise=np.concatenate([noise(1)] * 2))
+    by_text = engine.generate_images(["a tree", [*prompt, 3]], steps=2, noise=np.concatenate([noise(1)] * 2))
     np.testing.assert_allclose(by_text.latents[0], by_text.latents[1], atol=1e-6)
 
 
 def test_seeds(engine):
-    one = engine.paint([PROMPTS[0]], 1, seed=3).latents
-    np.testing.assert_array_equal(one, engine.paint([PROMPTS[0]], 1, seed=3).latents)
-    assert np.abs(one - engine.paint([PROMPTS[0]], 1, seed=4).latents).max() > 0.1
-    unseeded = [engine.paint([PROMPTS[0]], 1).latents for _ in range(2)]
+    one = engine.generate_images([PROMPTS[0]], steps=1, seed=3).latents
+    np.testing.assert_array_equal(one, engine.generate_images([PROMPTS[0]], steps=1, seed=3).latents)
+    assert np.abs(one - engine.generate_images([PROMPTS[0]], steps=1, seed=4).latents).max() > 0.1
+    unseeded = [engine.generate_images([PROMPTS[0]], steps=1).latents for _ in range(2)]
     assert np.abs(unseeded[0] - unseeded[1]).max() > 0.1
     # the first picture of a seed does not depend on how many there are
-    np.testing.assert_allclose(engine.paint([PROMPTS[0]] * 3, 1, seed=3).latents[:1], one, atol=1e-5)
+    np.testing.assert_allclose(engine.generate_images([PROMPTS[0]] * 3, steps=1, seed=3).latents[:1], one, atol=1e-5)
 
 
 def test_noise_of_a_seed(engine):
@@ -229,13 +231,13 @@ def test_noise_of_a_seed(engine):
     np.testing.assert_array_equal(many[:2], few)
     assert len({x.tobytes() for x in many}) == 4
     assert abs(draw_noise(64, engine.info, 0).std() - 1) < 0.02
-    given = engine.paint([PROMPTS[0]] * 2, 2, noise=few).latents
-    np.testing.assert_array_equal(given, engine.paint([PROMPTS[0]] * 2, 2, seed=7).latents)
+    given = engine.generate_images([PROMPTS[0]] * 2, steps=2, noise=few).latents
+    np.testing.assert_array_equal(given, engine.generate_images([PROMPTS[0]] * 2, steps=2, seed=7).latents)
 
 
 def test_the_plan(engine):
     def plan(**options):
-        return engine.paint([PROMPTS[0]], noise=noise(1), **options).plan
+        return engine.generate_images([PROMPTS[0]], noise=noise(1), **options).plan
 
     assert plan() == make_plan("ab2", 10, 2.0)
     assert plan(steps=4, guidance=3.5, solver="heun") == make_plan("heun", 4, 3.5)
@@ -250,15 +252,15 @@ def test_fitted_plans_of_an_engine(plain, tmp_path):
     own = type(own)("fitted 3", own.times, own.a, own.cond, own.uncond, own.guided, own.guidance)
     optimized.info.flow.plans = [own.to_json()]
     made = Engine(export(optimized, tmp_path / "engine"), threads=1)
-    assert made.paint([PROMPTS[0]], 3, noise=noise(1)).plan == own
-    assert made.paint([PROMPTS[0]], 3, solver="fitted", noise=noise(1)).plan.name == "fitted 3"
-    assert made.paint([PROMPTS[0]], 4, noise=noise(1)).plan == make_plan("ab2", 4, 2.0)
+    assert made.generate_images([PROMPTS[0]], steps=3, noise=noise(1)).plan == own
+    assert made.generate_images([PROMPTS[0]], steps=3, solver="fitted", noise=noise(1)).plan.name == "fitted 3"
+    assert made.generate_images([PROMPTS[0]], steps=4, noise=noise(1)).plan == make_plan("ab2", 4, 2.0)
     with pytest.raises(EngineError, match="no plan was fitted for 4 steps at guidance 2; there is 3 steps"):
-        made.paint([PROMPTS[0]], 4, solver="fitted", noise=noise(1))
+        made.generate_images([PROMPTS[0]], steps=4, solver="fitted", noise=noise(1))
 
 
 def test_a_bar(engine, capfd):
-    engine.generate_image(PROMPTS[0], steps=2, seed=0, progress=True)
+    engine.generate_images(PROMPTS[0], steps=2, seed=0, progress=True)
     assert capfd.readouterr().out == ""  # a bar is for people: stdout is for results
 
 
@@ -288,26 +290,26 @@ def test_a_bar(engine, capfd):
 )  # fmt: skip
 def test_errors(engine, prompts, options, why):
     with pytest.raises(EngineError, match=why):
-        engine.paint(prompts, **options)
+        engine.generate_images(prompts, **options)
 
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_no_pictures(engine, n):
     with pytest.raises(EngineError, match="no prompt was given"):
-        engine.generate_image([1, 2], n=n)
+        engine.generate_images([1, 2], n=n)
 
 
 def test_text_needs_a_tokenizer(tmp_path):
     made = Engine(export(optimize(toy.program(), check=False).program, tmp_path / "engine"), threads=1)
     with pytest.raises(EngineError, match="has no tokenizer, so a prompt must be a list of token ids"):
-        made.generate_image("a tree")
-    assert len(made.generate_image([1, 2, 3], steps=1)) == 1
+        made.generate_images("a tree")
+    assert len(made.generate_images([1, 2, 3], steps=1)) == 1
 
 
 def test_engines_that_do_not_paint(result, tmp_path):
     made = Engine(export(result.program, tmp_path / "engine"), threads=1)
-    with pytest.raises(EngineError, match="mplug_owl2 paints no images"):
-        made.generate_image([1, 2, 3])
+    with pytest.raises(EngineError, match="mplug_owl2 generates no images"):
+        made.generate_images([1, 2, 3])
 
 
 # --------------------------------------------------------------------------------------- stages of the task asked for
@@ -331,13 +333,13 @@ def test_stages_are_loaded_for_their_task(directories, loaded):
     assert sorted(loaded) == ["embed", "head", "language_model"]
     made.generate([5, 6, IMAGE, 7], [Image.new("RGB", (9, 9))], max_new_tokens=2)
     assert sorted(loaded) == ["embed", "encode_vision", "head", "language_model"]
-    made.paint([[1, 2, 3]], 1)
+    made.generate_images([[1, 2, 3]], steps=1)
     assert len(loaded) == len(set(loaded))  # each once
     assert set(loaded) == set(json.loads((directories["optimized"] / "program.json").read_text())["stages"])
 
 
 def test_painting_loads_nothing_of_images_that_are_read(directories, loaded):
-    Engine(directories["optimized"], threads=1).paint([[1, 2, 3]], 1)
+    Engine(directories["optimized"], threads=1).generate_images([[1, 2, 3]], steps=1)
     assert not {"encode_vision", "head"} & set(loaded)
 
 
@@ -351,7 +353,7 @@ def test_models_that_do_not_paint_are_loaded_at_once(result, tmp_path, loaded):
 def test_painting_needs_no_torch(directories):
     code = (
         "import sys\nfrom mmopt.runtime.engine import Engine\n"
-        f"made = Engine({str(directories['optimized'])!r}, threads=1).generate_image([1, 2, 3], steps=1)\n"
+        f"made = Engine({str(directories['optimized'])!r}, threads=1).generate_images([1, 2, 3], steps=1)\n"
         "sys.exit('torch' in sys.modules or made[0].size != (8, 8))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
@@ -367,7 +369,7 @@ def test_text_as_the_program(each, plain, prompts):
     pixels = np.random.default_rng(2).standard_normal((count, 3, 8, 8)).astype(np.float32) if count else None
     given = None if pixels is None else torch.from_numpy(pixels)
     wanted = plain(prompts=prompts, pixel_values=given, max_new_tokens=5, ignore_eos=True)
-    run = each.run_ids(prompts, pixels, max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
+    run = each.debug.generate_ids(prompts, pixels, max_new_tokens=5, ignore_eos=True, logits=True, caches=True)
     assert run.tokens == wanted["tokens"]
     assert run.past.tolist() == wanted["past"].tolist()
     last = np.stack([x[-1] for x in run.logits])
@@ -387,7 +389,7 @@ def test_forced_ids(each, plain):
 
     prompts = [[5, 6, 7], [1, 9]]
     plain(prompts=prompts, max_new_tokens=3, forced=torch.from_numpy(forced), ignore_eos=True, observe=observe)
-    run = each.run_ids(prompts, max_new_tokens=3, forced=forced, logits=True)
+    run = each.debug.generate_ids(prompts, max_new_tokens=3, forced=forced, logits=True)
     np.testing.assert_allclose(np.stack(run.logits)[:, 1:], np.stack(seen, 1), atol=1e-4)
 
 
@@ -423,7 +425,7 @@ def test_prefix(engine):
 
 def test_text_to_exactly_the_last_slot(each, plain):
     prompts = [ids(CONTEXT - 9)]
-    run = each.run_ids(prompts, max_new_tokens=10, ignore_eos=True)
+    run = each.debug.generate_ids(prompts, max_new_tokens=10, ignore_eos=True)
     assert run.tokens == plain(prompts=prompts, max_new_tokens=10, ignore_eos=True)["tokens"]
     assert run.past.tolist() == [CONTEXT]
 
@@ -439,7 +441,7 @@ def test_images_on_the_command_line(directories, engine, tmp_path):
     assert made.exit_code == 0, made.output
     assert "ab2" in made.stdout
     assert "2 steps, 4 forwards" in made.stdout
-    (wanted,) = engine.generate_image("a tree", steps=2, seed=4)
+    (wanted,) = engine.generate_images("a tree", steps=2, seed=4)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
     assert [f.name for f in tmp_path.iterdir()] == ["tree.png"]  # nothing half-written stays
 

@@ -162,8 +162,8 @@ def test_a_lane_is_only_used_again_with_its_rows(engine, first):
         stream.close()
 
     def beams():
-        engine.generate(parts(engine, 3), beams=2, max_new_tokens=3)
-        engine.generate(parts(engine, 3), prefix=prefix, beams=2, max_new_tokens=3)
+        engine.generate(parts(engine, 3), num_beams=2, max_new_tokens=3)
+        engine.generate(parts(engine, 3), prefix=prefix, num_beams=2, max_new_tokens=3)
 
     between = [short, long, another_prefix, in_a_batch, shared_in_a_batch, cancelled, beams]
     for act in between[first:] + between[:first]:
@@ -236,8 +236,8 @@ def test_several_threads_share_it(engine):
 
 def test_beams_go_on_from_it(engine):
     begin, shown, rest = parts(engine, M, 4), pictures(1), parts(engine, 3)
-    whole = engine.generate(begin + rest, shown, beams=3, max_new_tokens=4)
-    got = engine.generate(rest, prefix=engine.prefix(begin, shown), beams=3, max_new_tokens=4)
+    whole = engine.generate(begin + rest, shown, num_beams=3, max_new_tokens=4)
+    got = engine.generate(rest, prefix=engine.prefix(begin, shown), num_beams=3, max_new_tokens=4)
     assert [h.ids for h in got.hypotheses] == [h.ids for h in whole.hypotheses]
     assert got.score == pytest.approx(whole.score, abs=1e-4)
 
@@ -257,7 +257,7 @@ def test_the_same_prefix_is_read_once(engine, monkeypatch):
 
 
 def test_without_a_budget_it_is_read_each_time(directory):
-    engine = Engine(directory, threads=1, keep_bytes=0)
+    engine = Engine(directory, threads=1, cache_bytes=0)
     begin, rest = parts(engine, M, 5), parts(engine, 2)
     one, two = (engine.prefix(begin, pictures(1)) for _ in range(2))
     assert one is not two

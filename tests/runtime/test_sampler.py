@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from mmopt.runtime.request import Answer, Request
+from mmopt.runtime.request import Request, RequestState
 from mmopt.runtime.sampler import Sampler, StopText, log_probability
 from mmopt.spec.errors import EngineError
 
@@ -210,7 +210,7 @@ class Letters:
 
 
 def answer(ids, slow=(), eos=(), limit=100, **options):
-    made = Answer(Request("", **options), limit, frozenset(eos), Letters(slow))
+    made = RequestState(Request("", **options), limit, frozenset(eos), Letters(slow))
     pieces = []
     for token in ids:
         assert made.finish is None
@@ -240,7 +240,7 @@ def test_text_held_back_is_given_at_the_end():
 
 
 def test_cancelled_answer():
-    made = Answer(Request("", stop=["bc"]), 10, text=Letters())
+    made = RequestState(Request("", stop=["bc"]), 10, text=Letters())
     for token in (0, 1):
         made.take(np.eye(26, dtype=np.float32)[token])
     made.cancel()
@@ -256,6 +256,6 @@ def test_log_probabilities_only_if_asked_for():
 
 
 def test_forced_ids_are_fed_and_the_chosen_ones_kept():
-    made = Answer(Request(""), 2, forced=[7, 8])
+    made = RequestState(Request(""), 2, forced=[7, 8])
     made.take(np.eye(26, dtype=np.float32)[3])
     assert (made.ids, made.fed) == ([3], 7)

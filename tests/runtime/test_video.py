@@ -85,12 +85,12 @@ def test_program_and_engine_equal_the_plain_model(line, engine, count):
         if count == 1:
             assert torch.equal(p([prompt], pixels[:, 0], ignore_eos=True)["image_rows"], made["image_rows"])
     made = program([prompt], pixels, max_new_tokens=4, ignore_eos=True)
-    run = engine.run_ids([prompt], pixels.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
+    run = engine.debug.generate_ids([prompt], pixels.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
     assert run.tokens == made["tokens"]
     torch.testing.assert_close(torch.from_numpy(run.logits[0][0]), logits[-1], **CLOSE)
-    torch.testing.assert_close(torch.from_numpy(run.image_rows.numpy()), rows, **CLOSE)
+    torch.testing.assert_close(torch.from_numpy(run.image_embeds.numpy()), rows, **CLOSE)
     if count == 1:
-        assert np.array_equal(engine.encode_images(pixels[:, 0].numpy()), run.image_rows)
+        assert np.array_equal(engine.encode_images(pixels[:, 0].numpy()), run.image_embeds)
 
 
 def test_the_rows_of_a_video_are_those_of_all_its_frames(line):
@@ -116,7 +116,9 @@ def test_a_video_beside_an_image(line, engine):
             pixels = [torch.from_numpy(engine.image_processor(x))[None] for x in each]
             rows = torch.cat([model.module.encode_images(p) for p in pixels])
         torch.testing.assert_close(torch.from_numpy(engine.encode_images(given).numpy()), rows, **CLOSE)
-        wanted = engine.run_ids([prompt], image_rows=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True)
+        wanted = engine.debug.generate_ids(
+            [prompt], image_embeds=rows.numpy(), max_new_tokens=4, ignore_eos=True, logits=True
+        )
         torch.testing.assert_close(
             torch.from_numpy(wanted.logits[0][0]), plain_logits(model, rows, prompt)[-1], **CLOSE
         )
@@ -167,7 +169,7 @@ def test_wrong_frames_are_refused(line, engine):
     with pytest.raises(EngineError, match="image 0 has 4 frames, expected 1 to 3"):
         engine.generate(prompt, [pictures(4)])
     with pytest.raises(EngineError, match="pixel_values has 4 frames, expected 1 to 3"):
-        engine.run_ids([prompt], np.zeros((1, 4, 3, 42, 42), np.float32))
+        engine.debug.generate_ids([prompt], np.zeros((1, 4, 3, 42, 42), np.float32))
     with pytest.raises(ValueError, match="pixel_values have 4 frames, the model takes at most 3"):
         program([prompt], torch.zeros(1, 4, 3, 42, 42))
 

@@ -16,14 +16,14 @@ from toys import texts, toy_info
 import mmopt
 from mmopt import cli
 from mmopt.exporters.onnx import export
-from mmopt.flow.frontier import Drift
+from mmopt.flow.frontier import DriftBudget
 from mmopt.ir.program import Program
 from mmopt.measure.statistics import Score
 from mmopt.measure.task import Sample, Task
 from mmopt.pipeline import Result
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.search import budget as searching
-from mmopt.search.budget import Quality, search_quality
+from mmopt.search.budget import QualityBudget, search_quality
 from mmopt.search.plan import apply_plan, compression, flow_steps, make_plan, passes_of, read_plan, save_plan
 from mmopt.search.probe import exported, first_token
 from mmopt.search.result import MET, NOT_MET, UNSURE, Candidate, Row, Search, compared, verdict
@@ -97,7 +97,7 @@ class World:
         asked = lambda p: known_cost(*p.info.asked) if "asked" in p.info else 1  # noqa: E731
         patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
         patch.setattr(searching, "quality", self.quality)
-        patch.setattr("mmopt.search.result.paired", lambda a, b: mmopt.paired(a, b, draws=300))  # quick
+        patch.setattr("mmopt.search.result.compare_scores", lambda a, b: mmopt.compare_scores(a, b, draws=300))  # quick
         patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
         self.program = Program({}, texts(), {}, {}, toy_info(context=9))
 
@@ -111,7 +111,7 @@ class World:
     def budget(self, **changes):
         given = {"drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
         given |= {"runner": lambda p: p} | changes
-        return Quality(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
+        return QualityBudget(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
     def search(self, told=None, **changes):
         observers = [] if told is None else [lambda text, report, program: told(text)]
@@ -488,12 +488,12 @@ def test_a_picture_is_drawn(found, tmp_path):
         ({"keep_ratios": (0.5, 1)}, "keep_ratios holds 1, expected shares between 0 and 1"),
         ({"methods": "pool"}, "methods is 'pool', expected a list"),
         ({"position_ids": ["shuffle"]}, "position_ids holds 'shuffle', expected keep or renumber"),
-        ({"flow": 0.1}, "flow is 0.1, expected a mmopt.Drift"),
+        ({"flow": 0.1}, "flow is 0.1, expected a mmopt.DriftBudget"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Quality(**({"task": TASK} | given))
+        QualityBudget(**({"task": TASK} | given))
 
 
 # ------------------------------------------------------------------------------------------------------- plans as data
@@ -511,7 +511,7 @@ def test_plans_go_to_json_and_back(world, tmp_path):
         compress, reduce = passes_of(source, painting)
         assert compress.asked == ("vision", "pool", 0.5)
         assert (reduce.plan.to_json(), [f.to_json() for f in reduce.fitted]) == (FLOW, [FLOW])
-    with pytest.raises(ValueError, match="reduce_flow_steps is for programs that paint; toy paints no images"):
+    with pytest.raises(ValueError, match="reduce_flow_steps is for programs that paint; toy generates no images"):
         passes_of(plan, world.program)
 
 
@@ -557,8 +557,8 @@ def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
         return Result(made, [*result.reports, report])
 
     monkeypatch.setattr(searching, "within", within)
-    drift = Drift(mean=0.1)
-    with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy paints no images"):
+    drift = DriftBudget(mean=0.1)
+    with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy generates no images"):
         world.search(flow=drift)
     world.program = dataclasses.replace(world.program, painting=(Call("paint"),))
     with pytest.raises(ValueError, match="a budget of drift needs prompts"):
@@ -594,7 +594,7 @@ def program():
 @pytest.fixture(scope="module")
 def searched(program, task):
     given = {"keep_ratios": [0.25], "methods": ["pool", "resize"], "sites": ["vision.1", "pixels"]}
-    budget = Quality(Task.load(task), 0.5, quick=3, trials=2, **given)
+    budget = QualityBudget(Task.load(task), 0.5, quick=3, trials=2, **given)
     return search_quality(program, budget, check=False)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmopt.ir import ops
-from mmopt.spec.cross_mask import Before, Segments, Sight, gather, key_mask, masks, segments, visible
+from mmopt.spec.cross_mask import Before, CrossMask, Segments, gather, key_mask, masks, segments, visible_tiles
 from mmopt.spec.model_info import Cross
 
 IMG = 9
@@ -17,7 +17,7 @@ def info(blocks=1, before="nothing", together=False, reset=False):
 
 def seen_by(ids, images, **kw):
     more = {k: kw.pop(k) for k in ("before_markers", "tiles") if k in kw}
-    return visible(ids, images, *info(**kw), more.get("before_markers", 0), more.get("tiles"))
+    return visible_tiles(ids, images, *info(**kw), more.get("before_markers", 0), more.get("tiles"))
 
 
 # ------------------------------------------------------------------------------------------------- what each row sees
@@ -85,21 +85,21 @@ def test_in_pieces_as_at_once():
         }
         ids = rng.choice([1, 2, IMG], 12, p=[0.3, 0.3, 0.4]).tolist()
         whole, cut = seen_by(ids, 4, **options), int(rng.integers(1, 12))
-        sight = Sight(*info(**options), 4)
+        sight = CrossMask(*info(**options), 4)
         assert sight.read(ids[:cut]) + sight.read(ids[cut:]) == whole
 
 
 def test_decoding_shows_no_new_image():
-    sight = Sight(*info(), 3)
+    sight = CrossMask(*info(), 3)
     sight.read([IMG, 1, IMG, 2])
     assert [sight.decode(t) for t in (5, IMG, 6)] == [(1,), (1,), (1,)]
 
 
 def test_decoding_a_marker_shows_the_first_image_again():
-    sight = Sight(*info(reset=True, blocks=2), 3, [1, 2, 2])
+    sight = CrossMask(*info(reset=True, blocks=2), 3, [1, 2, 2])
     sight.read([IMG, 1, IMG, 2])
     assert [sight.decode(t) for t in (5, IMG, 6)] == [(2, 3), (0,), (0,)]
-    none = Sight(*info(reset=True), 0)
+    none = CrossMask(*info(reset=True), 0)
     assert [none.decode(t) for t in (5, IMG)] == [None, ()]
 
 

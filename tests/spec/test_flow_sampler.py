@@ -1,4 +1,4 @@
-"""Program.paint: prompts and noise to latents and images, by the schedule as traced and as optimized."""
+"""Program.generate_images: prompts and noise to latents and images, by the schedule as traced and as optimized."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from mmopt.rewrite.contracts import ContractError, compare, difference
 from mmopt.rewrite.pass_base import Pass
 from mmopt.search.optimize import optimize
 from mmopt.spec.flow_plan import FlowPlan
-from mmopt.spec.flow_sampler import Painter, choose_plan, lay_out, plan_of
+from mmopt.spec.flow_sampler import FlowSampler, choose_plan, lay_out, plan_of
 from mmopt.spec.schedule import Call, Cat, Loop, Schedule
 from mmopt.spec.solvers import make_plan
 
@@ -78,8 +78,8 @@ def by_hand(ids, z, plan):
 def test_as_the_modules_by_hand(plain, optimized, rows):
     ids, plan = prompt(rows), make_plan("euler", 3, guidance=2.5)
     wanted = by_hand(ids, noise(1), plan)
-    close(plain.paint([ids], noise(1), plan), wanted)
-    close(optimized.paint([ids], noise(1), plan), wanted)
+    close(plain.generate_images([ids], noise(1), plan), wanted)
+    close(optimized.generate_images([ids], noise(1), plan), wanted)
 
 
 BATCHES = [(1,), (1, 1), (3, 1), (1, MOST, 5), (4, 4, 4), (MOST, MOST), (6, 2, 9, 1, 3)]
@@ -91,9 +91,9 @@ def test_what_is_painted_beside_it_does_not_change_a_picture(request, which, row
     program, z = request.getfixturevalue(which), noise(len(rows))
     prompts = [prompt(n, i) for i, n in enumerate(rows)]
     plan = make_plan("ab2", 3)
-    together = program.paint(prompts, z, plan)
+    together = program.generate_images(prompts, z, plan)
     for i, ids in enumerate(prompts):
-        alone = program.paint([ids], z[i : i + 1], plan)
+        alone = program.generate_images([ids], z[i : i + 1], plan)
         close({k: v[:, i : i + 1] if k == "trajectory" else v[i : i + 1] for k, v in together.items()}, alone)
 
 
@@ -102,7 +102,7 @@ def test_what_is_painted_beside_it_does_not_change_a_picture(request, which, row
 def test_optimized_as_plain(plain, optimized, solver, guidance):
     plan = make_plan(*solver, guidance=guidance)
     prompts = [prompt(3), prompt(8)]
-    close(optimized.paint(prompts, noise(2), plan), plain.paint(prompts, noise(2), plan), 5e-5)
+    close(optimized.generate_images(prompts, noise(2), plan), plain.generate_images(prompts, noise(2), plan), 5e-5)
 
 
 def mixed(guided):
@@ -118,10 +118,10 @@ def mixed(guided):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_evaluations_without_guidance(plain, optimized, guided, count):
     prompts, z, plan = [prompt(2 + i, i) for i in range(count)], noise(count), mixed(guided)
-    wanted = plain.paint(prompts, z, plan)
-    close(optimized.paint(prompts, z, plan), wanted)
+    wanted = plain.generate_images(prompts, z, plan)
+    close(optimized.generate_images(prompts, z, plan), wanted)
     # the same, with unconditional passes made and not used
-    close(plain.paint(prompts, z, dataclasses.replace(plan, guided=np.ones(len(guided), bool))), wanted)
+    close(plain.generate_images(prompts, z, dataclasses.replace(plan, guided=np.ones(len(guided), bool))), wanted)
 
 
 @pytest.mark.parametrize("which", ["plain", "optimized"])
@@ -134,16 +134,19 @@ def test_unguided_evaluations_compute_half_the_samples(request, which):
             samples.append(len(made["velocity"]))
 
     program = request.getfixturevalue(which)
-    program.paint([prompt(2), prompt(3)], noise(2), mixed((True, False, False, True)), observe)
+    program.generate_images([prompt(2), prompt(3)], noise(2), mixed((True, False, False, True)), observe)
     assert samples == [4, 2, 2, 4]
     samples.clear()
-    program.paint([prompt(2), prompt(3)], noise(2), make_plan("euler", 2, guidance=1.0), observe)
+    program.generate_images([prompt(2), prompt(3)], noise(2), make_plan("euler", 2, guidance=1.0), observe)
     assert samples == [2, 2]
 
 
 def test_guidance_of_one_is_the_conditional_half(plain):
     """w v_cond - (w - 1) v_uncond is linear in w."""
-    made = [plain.paint([prompt(5)], noise(1), make_plan("euler", 1, guidance=w))["latents"] for w in (0.0, 1.0, 4.0)]
+    made = [
+        plain.generate_images([prompt(5)], noise(1), make_plan("euler", 1, guidance=w))["latents"]
+        for w in (0.0, 1.0, 4.0)
+    ]
     torch.testing.assert_close(made[2], 4 * made[1] - 3 * made[0], atol=1e-5, rtol=1e-5)
     assert (made[1] - made[0]).abs().max() > 1e-3
 
@@ -152,21 +155,21 @@ def test_the_unconditional_half_reads_the_first_id_alone(plain, optimized):
     plan = make_plan("euler", 1, guidance=0.0)
     one, two = [3, 8, 9, 4], [3, 5, 5, 1]
     for program in (plain, optimized):
-        a, b = (program.paint([p], noise(1), plan)["latents"] for p in (one, two))
+        a, b = (program.generate_images([p], noise(1), plan)["latents"] for p in (one, two))
         torch.testing.assert_close(a, b)
-        other = program.paint([[4, *one[1:]]], noise(1), plan)["latents"]
+        other = program.generate_images([[4, *one[1:]]], noise(1), plan)["latents"]
         assert (a - other).abs().max() > 1e-4
 
 
 def test_the_last_id_gives_way_to_the_time(plain, optimized):
     for program in (plain, optimized):
-        a, b = (program.paint([[1, 7, 6, last]], noise(1))["latents"] for last in (5, 9))
+        a, b = (program.generate_images([[1, 7, 6, last]], noise(1))["latents"] for last in (5, 9))
         torch.testing.assert_close(a, b)
 
 
 def test_the_trajectory_ends_with_the_latents(plain):
     plan = make_plan("heun", 6)
-    made = plain.paint([prompt(2), prompt(4)], noise(2), plan)
+    made = plain.generate_images([prompt(2), prompt(4)], noise(2), plan)
     assert made["trajectory"].shape == (6, 2, 2, 8, 8)
     assert torch.equal(made["trajectory"][-1], made["latents"])
     assert made["image"].shape == (2, 3, 8, 8)
@@ -175,7 +178,7 @@ def test_the_trajectory_ends_with_the_latents(plain):
 
 def test_the_plan_by_default_is_the_reference_s(plain):
     ids, z = [prompt(2)], noise(1)
-    close(plain.paint(ids, z), plain.paint(ids, z, make_plan("euler", 6, guidance=2.0)))
+    close(plain.generate_images(ids, z), plain.generate_images(ids, z, make_plan("euler", 6, guidance=2.0)))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -185,10 +188,10 @@ def test_half_precision(dtype):
     result = optimize(plain, check=True)
     assert {r.checked for r in result.reports} <= {"checked", "nothing to check"}
     prompts, z, plan = [prompt(9), prompt(2)], noise(2), make_plan("euler", 4)
-    wanted = exact.paint(prompts, z, plan)["latents"]
+    wanted = exact.generate_images(prompts, z, plan)["latents"]
     errors = []
     for program in (plain, result.program):
-        made = program.paint(prompts, z, plan)
+        made = program.generate_images(prompts, z, plan)
         assert made["latents"].dtype == made["image"].dtype == torch.float32
         errors.append(float((made["latents"] - wanted).square().mean().sqrt()))
     assert 0 < errors[0] < 0.05
@@ -202,7 +205,7 @@ def test_without_a_decoder_of_images():
     before = toy.program(change=change)
     after = optimize(before, check=True).program
     for program in (before, after):
-        assert program.paint([prompt(2)], noise(1)).keys() == {"latents", "trajectory"}
+        assert program.generate_images([prompt(2)], noise(1)).keys() == {"latents", "trajectory"}
 
 
 def test_text_is_answered_too(plain, optimized):
@@ -219,9 +222,9 @@ def test_small_contexts(context):
     assert after(**given)["tokens"] == before(**given)["tokens"]
     if context == 17:
         with pytest.raises(ValueError, match="takes 1 rows and an image 17, but the cache holds 17"):
-            after.paint([[1, 2]], noise(1))
+            after.generate_images([[1, 2]], noise(1))
     else:
-        close(after.paint([[1, 2]], noise(1)), before.paint([[1, 2]], noise(1)))
+        close(after.generate_images([[1, 2]], noise(1)), before.generate_images([[1, 2]], noise(1)))
 
 
 def test_checks_hold_for_all_passes(plain):
@@ -246,7 +249,7 @@ def test_checks_hold_for_all_passes(plain):
 def test_prompts_that_cannot_be_painted(plain, optimized, prompts, why):
     for program in (plain, optimized):
         with pytest.raises(ValueError, match=why):
-            program.paint(prompts, noise(len(prompts)))
+            program.generate_images(prompts, noise(len(prompts)))
         with pytest.raises(ValueError, match=why):
             lay_out(prompts, program.info.required_flow, program.info.context, program.info.vocab_size)
 
@@ -256,16 +259,16 @@ def test_prompts_that_cannot_be_painted(plain, optimized, prompts, why):
 )
 def test_noise_of_another_shape_or_type(plain, z):
     with pytest.raises(ValueError, match=r"noise is torch\..* of shape .*, expected float32 of shape \(1, 2, 8, 8\)"):
-        plain.paint([[1, 2]], z)
+        plain.generate_images([[1, 2]], z)
 
 
 def test_programs_that_cannot_paint(plain, program):
-    with pytest.raises(ValueError, match="mplug_owl2 paints no images"):
-        program.paint([[1, 2]], noise(1))
+    with pytest.raises(ValueError, match="mplug_owl2 generates no images"):
+        program.generate_images([[1, 2]], noise(1))
     shapes = plain.copy()
     shapes.has_weights = False
     with pytest.raises(ValueError, match="shapes only, no weights"):
-        shapes.paint([[1, 2]], noise(1))
+        shapes.generate_images([[1, 2]], noise(1))
 
 
 # -------------------------------------------------------------------------------------------------------------- plans
@@ -317,7 +320,7 @@ def test_plans_that_cannot_be(plain, options, why):
         choose_plan(*options, plain.info)
 
 
-# ------------------------------------------------------------------------------------------------ schedules and painter
+# ------------------------------------------------------------------------------------------------ schedules and sampler
 def test_schedules_as_json(plain, optimized):
     for program in (plain, optimized):
         for schedule in (program.schedules.image, program.schedules.text):
@@ -333,8 +336,8 @@ def test_a_call_says_what_it_reads_and_writes():
     assert str(Cat(1, ("a", "b"))) == "a ; b"
 
 
-class Counting(Painter):
-    """Stages that add numbers: the painter alone, without a model."""
+class Counting(FlowSampler):
+    """Stages that add numbers: the sampler alone, without a model."""
 
     def cat(self, parts, dim):
         return np.concatenate(parts, dim)
@@ -358,7 +361,7 @@ def test_the_painter_expands_cuts_and_puts_together(plain, guided):
     p.shapes = []
     p.values = {"steps.time": np.array([[0.0], [10.0]]), "rows": np.arange(20.0).reshape(4, 5)}
     z = np.array([[1.0], [2.0]])
-    made = p.paint(z)
+    made = p.sample(z)
     lanes = 4 if guided else 2
     assert p.shapes == [{"x": (lanes, 3), "t": (lanes, 1), "pair": (lanes, 1)}] * 2
     # v = last three of a row of 0..19, the time and the latents; steps of a half

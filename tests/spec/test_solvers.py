@@ -110,10 +110,10 @@ def test_shifted_times():
 
 def test_passes_and_sums():
     plan = make_plan("euler", 30, guidance=2.0)
-    assert (plan.evaluations, plan.passes) == (30, 60)
+    assert (plan.evaluations, plan.forwards) == (30, 60)
     assert plan.sum_abs == pytest.approx(2)
     alone = make_plan("euler", 30, guidance=1.0)
-    assert (alone.evaluations, alone.passes) == (30, 30)
+    assert (alone.evaluations, alone.forwards) == (30, 30)
     assert not alone.uncond.any()
     assert make_plan("ab2", 8, guidance=5.0).sum_abs == pytest.approx(make_plan("ab2", 8, guidance=1.0).sum_abs)
 
@@ -130,7 +130,7 @@ def test_unguided_evaluations_leave_out_their_pass():
 
     solve(plan, noted, np.zeros((1, 4)))
     assert asked == [True, False, True]
-    assert plan.passes == 5
+    assert plan.forwards == 5
     with pytest.raises(ValueError, match="leaves out"):
         FlowPlan("mine", [0, 0.3, 0.6], np.ones(3), 2 * b, -b, guided, 2.0)
 
@@ -229,7 +229,7 @@ def test_a_velocity_table_is_spread_over_both_passes():
     plan = from_velocity_table("mine", [0, 0.5], np.ones(2), b, 4.0)
     np.testing.assert_allclose(plan.cond, 4 * b)
     np.testing.assert_allclose(plan.uncond, -3 * b)
-    assert plan.passes == 4
+    assert plan.forwards == 4
 
 
 def halves(x, t, guided):
@@ -242,7 +242,7 @@ def test_a_difference_of_guidance_that_stays_may_be_kept():
     x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     plan = make_plan("ab2", 6, 3.0)
     less = reduce_guidance(plan, [True, False, False, True, False, False])
-    assert (less.passes, plan.passes, less.guided.tolist()[1]) == (8, 12, False)
+    assert (less.forwards, plan.forwards, less.guided.tolist()[1]) == (8, 12, False)
     np.testing.assert_allclose(solve(less, halves, x)[-1], solve(plan, halves, x)[-1], atol=1e-6)
     assert "difference kept 2 of 6" in less.name
     once = reduce_guidance(plan, [True] + [False] * 5)

@@ -256,7 +256,7 @@ class SearchOptions:
 
             options, budget = {"prompts": read_prompts(self.prompts)}, mmopt.DriftBudget(mean=self.drift)
         if self.quality is not None:
-            fields = {"drop": self.max_drop, **{k: getattr(self, k) for k in ("limit", "trials", "seed", "store")}}
+            fields = {"max_drop": self.max_drop, **{k: getattr(self, k) for k in ("limit", "trials", "seed", "store")}}
             fields = {k: v for k, v in fields.items() if v is not None}
             budget = mmopt.QualityBudget(mmopt.Task.load(self.quality), flow=budget, **fields)
         return options if budget is None else options | {"budget": budget}

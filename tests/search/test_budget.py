@@ -28,6 +28,7 @@ from mmopt.search.plan import apply_plan, compression, flow_steps, make_plan, pa
 from mmopt.search.probe import exported, first_token
 from mmopt.search.result import MET, NOT_MET, UNSURE, Candidate, Row, Search, compared, verdict
 from mmopt.search.trials import Trials
+from mmopt.spec.model_info import Flow, ModelInfo
 from mmopt.spec.schedule import Call
 from mmopt.spec.solvers import make_plan as make_flow_plan
 
@@ -61,6 +62,13 @@ def known_losses(site, method, keep):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Info(ModelInfo):
+    """Facts of a toy, and what compression was asked of it: (site, method, share kept)."""
+
+    asked: tuple | None = None
+
+
 class Toy(Pass):
     """Stands for compress_visual_tokens: notes what was asked for."""
 
@@ -91,25 +99,27 @@ class World:
     def __init__(self, patch):
         self.asked, self.made = {}, []
         names = [SimpleNamespace(name=k, rows=n) for k, n in PLACES.items()]
-        fake = SimpleNamespace(CompressVisualTokens=Toy, find_sites=lambda program: names)
-        patch.setitem(sys.modules, "mmopt.passes.compress_visual_tokens", fake)
-        patch.setitem(sys.modules, "mmopt.pruning.methods", SimpleNamespace(METHODS=dict.fromkeys(METHODS)))
-        asked = lambda p: known_cost(*p.info.asked) if "asked" in p.info else 1  # noqa: E731
+        patch.setattr("mmopt.search.plan.find_sites", lambda program: names)
+        for module in ("plan", "probe"):
+            patch.setattr(f"mmopt.search.{module}.CompressVisualTokens", Toy)
+        for module in ("plan", "budget"):
+            patch.setattr(f"mmopt.search.{module}.METHODS", dict.fromkeys(METHODS))
+        asked = lambda p: known_cost(*p.info.asked) if p.info.asked else 1  # noqa: E731
         patch.setattr(searching, "flops", lambda p, beside=None: 1e6 * asked(p))
-        patch.setattr(searching, "quality", self.quality)
+        patch.setattr(searching, "evaluate", self.quality)
         patch.setattr("mmopt.search.result.compare_scores", lambda a, b: mmopt.compare_scores(a, b, draws=300))  # quick
-        patch.setattr("mmopt.rewrite.contracts.why_unchecked", lambda program: "a toy")
-        self.program = Program({}, texts(), {}, {}, toy_info(context=9))
+        patch.setattr("mmopt.pipeline.why_unchecked", lambda program: "a toy")
+        self.program = Program({}, texts(), {}, {}, Info(**vars(toy_info(context=9))))
 
     def quality(self, runner, task):
-        plan = runner.info.get("asked")
+        plan = runner.info.asked
         wrong = max(0, known_losses(*plan)) if plan else 0
         self.asked[plan] = self.asked.get(plan, 0) + len(task.samples)
         lost = [int(s.id) * 7 % 400 < wrong for s in task.samples]
         return score_of([not x for x in lost], [s.id for s in task.samples])
 
     def budget(self, **changes):
-        given = {"drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
+        given = {"max_drop": 0.01, "trials": 12, "keep_ratios": KEEPS, "seed": 1, "frontier": True}
         given |= {"runner": lambda p: p} | changes
         return QualityBudget(changes.pop("task", TASK), **{k: v for k, v in given.items() if k != "task"})
 
@@ -127,6 +137,12 @@ def plans(result):
     return [r.plan for r in result.search.rows]
 
 
+def painted(program):
+    """The program with a schedule for images too."""
+    info = replace(program.info, flow=Flow((1, 2, 2), 4))
+    return replace(program, schedules=program.schedules.replaced(image=(Call("paint"),)), info=info)
+
+
 def best_of_all(drop):
     every = [(p, m, k) for p in ("vision.1", "vision") for m in METHODS for k in KEEPS]
     every = [e for e in every if e != ("vision", "merge", 0.125)] + [("pixels", "resize", k) for k in KEEPS]
@@ -136,19 +152,19 @@ def best_of_all(drop):
 # ---------------------------------------------------------------------------------------------------------- the search
 @pytest.mark.parametrize("drop", [0.005, 0.01, 0.2])
 def test_the_cheapest_plan_that_keeps_the_budget_is_chosen(world, drop):
-    result = world.search(drop=drop, trials=99)
+    result = world.search(max_drop=drop, trials=99)
     best = result.search.best
     assert tuple(best.plan)[:3] == best_of_all(drop)
     assert (best.cost, best.verdict != NOT_MET) == (pytest.approx(known_cost(*best_of_all(drop))), True)
     assert result.program.info.asked == best_of_all(drop)
-    assert world.program.info == {"family": "toy", "context": 9}
+    assert (world.program.info.asked, world.program.info.context) == (None, 9)  # the given program is not changed
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.01, 0.06])
 def test_plans_that_cannot_be_chosen_are_passed_over(world, drop):
     """The choice is that of measuring everything, with fewer questions; each plan measured could have been chosen."""
-    whole = world.search(drop=drop, trials=99).search
-    short = world.search(drop=drop, trials=99, frontier=False).search
+    whole = world.search(max_drop=drop, trials=99).search
+    short = world.search(max_drop=drop, trials=99, frontier=False).search
     assert short.best.plan == whole.best.plan
     assert len(short.rows) < len(whole.rows)
     least = 1.0
@@ -254,9 +270,9 @@ def test_a_limit_and_places_methods_and_keeps_that_are_asked_for(world):
 
 
 def test_if_nothing_keeps_the_budget_nothing_is_compressed_and_the_report_says_so(world):
-    result = world.search(sites=["pixels"], drop=0.01)
+    result = world.search(sites=["pixels"], max_drop=0.01)
     assert result.search.best is None
-    assert "asked" not in result.program.info
+    assert result.program.info.asked is None
     assert result.program.info.plan["passes"] == []
     report = result.reports[-1]
     assert (report.name, report.rewrites) == ("budget", [])
@@ -282,13 +298,13 @@ def test_measured_time_is_a_cost(world, monkeypatch):
         drift = 1 + next(ask)  # the machine becomes slower and slower: only what is timed in turn can be compared
         times = []
         for r in runners:
-            plan = r.info.get("asked")
+            plan = r.info.asked
             slow = 1.0 if plan is None else 2.0 if plan[1] == "merge" else 0.1 + plan[2]
             times.append([drift * slow, drift * slow, 99.0 if r is runners[-1] else drift])
         return times
 
     monkeypatch.setattr(searching, "first_token", clocked)
-    search = world.search(trials=99, drop=0.01, timed=True).search
+    search = world.search(trials=99, max_drop=0.01, timed=True).search
     rows = {tuple(r.plan)[:3]: r for r in search.rows}
     assert rows["vision", "merge", 0.5].cost == pytest.approx(2)
     assert rows["vision", "pool", 0.25].cost == pytest.approx(0.35)
@@ -297,7 +313,7 @@ def test_measured_time_is_a_cost(world, monkeypatch):
     assert search.cost == "time to the first token"
     assert search.text().count(" ms") == len(search.rows) + 1
     assert search.full.seconds == 1
-    quicker = world.search(trials=99, drop=0.01, timed=True, frontier=False).search
+    quicker = world.search(trials=99, max_drop=0.01, timed=True, frontier=False).search
     assert {r.plan for r in quicker.rows} == {r.plan for r in search.rows}  # FLOPs say nothing of what takes less time
 
 
@@ -341,7 +357,7 @@ def test_trials_of_another_search_are_refused(world, tmp_path):
     world.search(store=store, trials=2)
     before = store.read_bytes()
     for changes, differs in (
-        ({"drop": 0.02}, "settings"),
+        ({"max_drop": 0.02}, "settings"),
         ({"keep_ratios": (0.5,)}, "settings"),
         ({"seed": 5}, "settings"),
         ({"task": Task("letters", [*TASK.samples[:-1], Sample("other", [], ["x"])])}, "task"),
@@ -477,9 +493,9 @@ def test_a_picture_is_drawn(found, tmp_path):
     ("given", "message"),
     [
         ({"task": "t.jsonl"}, "task is 't.jsonl', expected a mmopt.Task"),
-        ({"drop": -0.1}, "drop is -0.1"),
-        ({"drop": float("nan")}, "drop is nan"),
-        ({"drop": True}, "drop is True"),
+        ({"max_drop": -0.1}, "max_drop is -0.1"),
+        ({"max_drop": float("nan")}, "max_drop is nan"),
+        ({"max_drop": True}, "max_drop is True"),
         ({"limit": 0}, "limit is 0, expected a whole number of at least 1"),
         ({"quick": -1}, "quick is -1"),
         ({"trials": 0}, "trials is 0"),
@@ -497,20 +513,20 @@ def test_a_budget_that_is_none_is_refused(given, message):
 
 
 # ------------------------------------------------------------------------------------------------------- plans as data
-FLOW = make_flow_plan("ab2", 4, 2.0).to_json()
+FLOW = make_flow_plan("ab2", 4, 2.0)
 
 
 def test_plans_go_to_json_and_back(world, tmp_path):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
-    painting.info = replace(painting.info, flow={"plan": FLOW, "plans": [FLOW]})
-    plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"drop": 0.01})
+    painting = painted(world.program)
+    painting.info = replace(painting.info, flow=replace(painting.info.flow, plan=FLOW, plans=(FLOW,)))
+    plan = make_plan([compression("vision", "pool", 0.5), flow_steps(painting)], budget={"max_drop": 0.01})
     save_plan(plan, tmp_path / "plan.json")
     (tmp_path / "program.json").write_text(json.dumps({"info": {"plan": plan}}))
     for source in (plan, tmp_path / "plan.json", str(tmp_path / "program.json"), tmp_path):
         assert read_plan(source) == plan
         compress, reduce = passes_of(source, painting)
         assert compress.asked == ("vision", "pool", 0.5)
-        assert (reduce.plan.to_json(), [f.to_json() for f in reduce.fitted]) == (FLOW, [FLOW])
+        assert (reduce.plan.to_json(), [f.to_json() for f in reduce.fitted]) == (FLOW.to_json(), [FLOW.to_json()])
     with pytest.raises(ValueError, match="reduce_flow_steps is for programs that paint; toy generates no images"):
         passes_of(plan, world.program)
 
@@ -528,7 +544,7 @@ def test_plans_go_to_json_and_back(world, tmp_path):
     ],
 )
 def test_steps_of_a_plan_that_are_not_known(world, step, message):
-    painting = dataclasses.replace(world.program, painting=(Call("paint"),))
+    painting = painted(world.program)
     with pytest.raises(ValueError, match=message):
         passes_of(make_plan([step]), painting)
 
@@ -552,7 +568,7 @@ def test_files_that_hold_no_plan(world, tmp_path):
 def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     def within(result, budget, prompts):
         made = result.program.copy()
-        made.info = replace(made.info, flow={"plan": FLOW})
+        made.info = replace(made.info, flow=replace(made.info.flow, plan=FLOW))
         report = Report("reduce_flow_steps", "approximate", [f"for {prompts}"], checked="drift: mean 0.02")
         return Result(made, [*result.reports, report])
 
@@ -560,13 +576,13 @@ def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     drift = DriftBudget(mean=0.1)
     with pytest.raises(ValueError, match="a budget of drift is for programs that paint; toy generates no images"):
         world.search(flow=drift)
-    world.program = dataclasses.replace(world.program, painting=(Call("paint"),))
+    world.program = painted(world.program)
     with pytest.raises(ValueError, match="a budget of drift needs prompts"):
         world.search(flow=drift)
     result = search_quality(world.program, world.budget(flow=drift, trials=3), [], prompts=["a cat"])
     plan = json.loads(json.dumps(result.program.info.plan))
     assert [s["name"] for s in plan["passes"]] == ["compress_visual_tokens", "reduce_flow_steps"]
-    assert plan["passes"][1]["plan"] == FLOW
+    assert plan["passes"][1]["plan"] == FLOW.to_json()
     assert plan["measured"]["flow"] == {"budget": "mean 0.1", "drift": "drift: mean 0.02"}
     assert [r.name for r in result.reports] == ["compress_visual_tokens", "budget", "reduce_flow_steps"]
     assert [p.name for p in passes_of(plan)] == ["compress_visual_tokens", "reduce_flow_steps"]

@@ -256,7 +256,7 @@ class SearchOptions:
 
             options, budget = {"prompts": read_prompts(self.prompts)}, mmopt.DriftBudget(mean=self.drift)
         if self.quality is not None:
-            fields = {"max_drop": self.max_drop, **{k: getattr(self, k) for k in ("limit", "trials", "seed", "store")}}
+            fields = {**{k: getattr(self, k) for k in ("max_drop", "limit", "trials", "seed", "store")}}
             fields = {k: v for k, v in fields.items() if v is not None}
             budget = mmopt.QualityBudget(mmopt.Task.load(self.quality), flow=budget, **fields)
         return options if budget is None else options | {"budget": budget}
@@ -345,7 +345,7 @@ def inspect(
         sizes.context = sizes.context or SHOT * sizes.images + 64
     loaded = model.load(output)
     if prompt_length is not None and loaded.family.flow is not None and sizes.context is None:
-        sizes.context = prompt_length + loaded.family.flow(loaded.config).rows
+        sizes.context = prompt_length + loaded.family.flow(loaded.config).tokens
     program = traced = sizes.trace(loaded, output)
     reports: list[Any] = []
     if optimized:

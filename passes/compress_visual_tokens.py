@@ -88,7 +88,7 @@ class CompressVisualTokens(Pass):
         return made
 
     def drift(self, before: Program, after: Program) -> str:
-        """Of the logits after random images and prompts: what matters is measured by a task (`mmopt.quality`)."""
+        """Of the logits after random images and prompts: what matters is measured by a task (`mmopt.evaluate`)."""
         errors, same = [], 0
         for size in (0, 1):
             inputs = random_inputs(before, size, 0)

@@ -2,7 +2,7 @@
 
 Its first layers read all rows of an image, and choose; what they put into their caches stays there. The later layers
 hold fewer rows, so their slots are not those of the first: the host says how many rows of images they left out before
-a call (`left_out_late`). Positions are those that the rows had, in every layer.
+a call (`cache_delta`). Positions are those that the rows had, in every layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Node
 from mmopt.ir.graph import ADD, ARANGE, EXPAND, MUL, Builder, aten, shape_of, simplify
 from mmopt.ir.program import Program
 from mmopt.ir.stage import Stage
-from mmopt.pruning.positions import paint_apart, told
+from mmopt.pruning.positions import keep_for_images, told
 from mmopt.pruning.propagate import AttentionScores, ImageRows, PruneFn, PrunePropagator
 from mmopt.pruning.prune import chosen
 from mmopt.pruning.sites import PruneSite, cut_points, follow, image_stages
@@ -77,7 +77,7 @@ def narrow_language(program: Program, site: PruneSite, kept: int, method: str) -
     propagator = PrunePropagator(stage.graph, {visual: visual_rows(visual)}, {site.nodes[0]: cut}, more)
     propagator.b.output(propagator.run())
     made.stages[found.stage] = Stage(propagator.b.graph, [LATE, *stage.inputs], stage.outputs)
-    paint_apart(made, found.stage, stage)
+    keep_for_images(made, found.stage, stage)
     made.info = replace(made.info, cache_delta=int(found.patches.count - kept))
     made.schedules = made.schedules.replaced(text=tuple(told(i, found.stage, [LATE]) for i in program.schedules.text))
     return made

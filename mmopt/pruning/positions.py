@@ -1,7 +1,7 @@
 """The language model after rows of images were left out: it counts fewer rows, at the positions they had before.
 
 A row of an image carries how far it was moved forward, in two more columns of its own: so images may be cached, stored,
-batched and put into prefixes as ever. The host says how many rows were left out before a call (`left_out_before`) and
+batched and put into prefixes as ever. The host says how many rows were left out before a call (`position_delta_before`) and
 after its images (`left_out`).
 """
 
@@ -57,9 +57,9 @@ def carry_places(program: Program, b: Builder, image_rows: Node, rows: ImageRows
         image_embed_width=info.hidden_size + COLUMNS,
         positions=reach,
     )
-    paint_apart(program, name, old)
+    keep_for_images(program, name, old)
     program.schedules = program.schedules.replaced(
-        text=tuple(told(i, name, ("left_out_before", "left_out")) for i in program.schedules.text)
+        text=tuple(told(i, name, ("position_delta_before", "position_delta")) for i in program.schedules.text)
     )
     return _with_columns(b, image_rows, rows)
 
@@ -102,7 +102,7 @@ def reposition(stage: Stage, rows: int, gone: int) -> tuple[Stage, int]:
             given = b.placeholder(n.target, (batch, nv, width + COLUMNS), n.meta["dtype"])
         elif n.op == "placeholder":
             env[n] = b.leaf(n)
-    for k in ("left_out_before", "left_out"):
+    for k in ("position_delta_before", "position_delta"):
         told[k] = b.placeholder(k, (batch,), torch.int64)
     assert given is not None
     env[visual] = b.slice(given, 2, 0, width)
@@ -135,7 +135,7 @@ def _positions(
     slot = b.emit(ARANGE, (0, nv), (nv,), torch.int64)
     image = b.emit(aten.div.Tensor_mode, (slot, rows, "floor"), (nv,), torch.int64)
     earlier = b.emit(ADD, (slot, b.emit(MUL, (image, gone), (nv,), torch.int64)), (nv,), torch.int64)
-    before, after = (b.reshape(told[k], (batch, 1)) for k in ("left_out_before", "left_out"))
+    before, after = (b.reshape(told[k], (batch, 1)) for k in ("position_delta_before", "position_delta"))
     visual = emit(ADD, emit(ADD, moved, earlier), before)
     nt = simplify(total - nv)  # type: ignore[operator]
     text = b.emit(ARANGE, (nv, total), (nt,), torch.int64)
@@ -168,8 +168,8 @@ def _is_position(n: Node, past: Node) -> bool:
     return False
 
 
-def paint_apart(program: Program, name: str, old: Stage) -> None:
-    """Painting reads no images: where it called a stage that was changed, it goes on with that as it was."""
+def keep_for_images(program: Program, name: str, old: Stage) -> None:
+    """GeneratedImages reads no images: where it called a stage that was changed, it goes on with that as it was."""
     if any(c.stage == name for c in program.schedules.image.calls()):
         program.stages[f"{name}.paint"] = old
         program.schedules = program.schedules.replaced(

@@ -68,7 +68,7 @@ class DebugEngine:
     encode: Callable[..., Tensor]
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Run:
-        """Answer all prompts at once, greedily; `fields` are the further ones of `IdsRequest`. EngineError for prompts or inputs that do not fit together."""
+        """RequestState all prompts at once, greedily; `fields` are the further ones of `IdsRequest`. EngineError for prompts or inputs that do not fit together."""
         a = IdsRequest(prompts, **fields)
         info, decoder = self.info, self.decoder
         with _engine_errors():

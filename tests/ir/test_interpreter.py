@@ -153,7 +153,7 @@ def test_a_layer_that_keeps_its_mask_cannot_do_that():
 @pytest.mark.parametrize("before", [[1], [2], [3]])
 def test_markers_that_came_before(programs, before):
     plain, fast = programs
-    options = {"images": [2], "before": before, "tiles": tiles_of(plain, 2)}
+    options = {"images": [2], "num_previous_images": before, "tiles": tiles_of(plain, 2)}
     made = [run(p, [[4, 5, MARKER, 6]], pixels(2), **options) for p in (plain, fast)]
     equal(*made)
     if before == [1]:

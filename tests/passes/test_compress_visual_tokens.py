@@ -440,16 +440,16 @@ def test_columns_that_are_not_told_are_noticed(monkeypatch):
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 
 
-@pytest.mark.parametrize("key", ["left_out_before", "left_out"])
+@pytest.mark.parametrize("key", ["position_delta_before", "position_delta"])
 def test_a_host_that_forgets_images_is_noticed(monkeypatch, key):
     prompts, images, wanted = janus_apart()
-    real = planning.told_of_images
+    real = planning.position_deltas
 
     def forgets(before, after, info):
         made = real(before, after, info)
         return made | {key: made[key] * 0}
 
-    monkeypatch.setattr(mmopt.ir.program, "told_of_images", forgets)
+    monkeypatch.setattr(mmopt.ir.program, "position_deltas", forgets)
     program = compressed("janus", "encode_vision", 0.25, "uniform")
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 

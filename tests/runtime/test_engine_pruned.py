@@ -249,7 +249,7 @@ def test_beams(engine, kind):
         return np.stack([logits(b) for b in beams])
 
     wanted = search(logits([]), step, 3, 4, engine.info.eos_ids)
-    said = engine.generate(prompt, shown, beams=3, **OPTIONS)
+    said = engine.generate(prompt, shown, num_beams=3, **OPTIONS)
     assert [tuple(h.ids) for h in said.hypotheses] == [h.ids for h in wanted]
     assert said.score == pytest.approx(wanted[0].score, abs=5e-4)
 
@@ -309,9 +309,9 @@ def test_forgotten_images_are_noticed(directories, monkeypatch):
     prompts = ids_of("janus", "apart")
     images = shown("janus", prompts)
     wanted = reference("janus", prompts, FORCED, by_hand("janus", images)[0])
-    real = planning.told_of_images
+    real = planning.position_deltas
     monkeypatch.setattr(
-        "mmopt.runtime.decoder.told_of_images", lambda a, b, info: real(a, b, info) | {"left_out_before": a * 0}
+        "mmopt.runtime.decoder.position_deltas", lambda a, b, info: real(a, b, info) | {"position_delta_before": a * 0}
     )
     more = {"max_new_tokens": 4, "forced": np.array(FORCED[:1]), "logits": True}
     found = engine.debug.generate_ids(prompts, images.numpy(), **more)

@@ -166,7 +166,7 @@ def test_a_plan_is_written_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "expected an object with format"),
+        ({"schema": 1}, "expected an object of schema 2, found 1"),
         ({"times": None}, "times"),
         ({"times": []}, "at least one evaluation"),
         ({"times": [0, 0.5]}, "a has shape|shape"),

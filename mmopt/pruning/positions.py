@@ -1,8 +1,8 @@
 """The language model after rows of images were left out: it counts fewer rows, at the positions they had before.
 
 A row of an image carries how far it was moved forward, in two more columns of its own: so images may be cached, stored,
-batched and put into prefixes as ever. The host says how many rows were left out before a call (`position_delta_before`) and
-after its images (`left_out`).
+batched and put into prefixes as ever. The host says how many rows were left out before a call
+(`position_delta_before`) and after its images (`position_delta`).
 """
 
 from __future__ import annotations

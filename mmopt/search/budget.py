@@ -274,8 +274,8 @@ class _Measuring:
         seconds = statistics.median(times[1]) if times else None
         cost = statistics.median(b / a for a, b in zip(*times, strict=True)) if times else count / self.flops
         return Row(
-            candidate, max(1, round(candidate.keep_ratio * of)), of, count, cost, score.mean, score.interval, found.mean,
-            interval, found.wins, found.losses, found.samples, told, pruned, seconds,
+            candidate, max(1, round(candidate.keep_ratio * of)), of, count, cost, score.mean, score.interval,
+            found.mean, interval, found.wins, found.losses, found.samples, told, pruned, seconds,
         )  # fmt: skip
 
     def _score(self, runner: Engine | Program) -> tuple[Score, bool]:

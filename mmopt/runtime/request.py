@@ -30,7 +30,8 @@ class Request:
     prefix: what `Engine.prefix` returned; the prompt (text or token ids) goes on from there.
     num_beams: with more than 1, beam search (`mmopt.runtime.beam_search.search`): hypotheses end by end tokens alone,
         and the best by sum of log-probabilities / length ** `length_penalty` is the answer; `early_stopping` is True,
-        False or "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go with it.
+        False or "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go
+        with it.
     """
 
     prompt: str | Sequence[dict] | Sequence[int]

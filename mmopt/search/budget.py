@@ -109,17 +109,8 @@ class QualityBudget:
     def to_json(self) -> dict[str, Any]:
         """What decides which trials are made and how they come out."""
         names = (
-            "max_drop",
-            "limit",
-            "quick",
-            "seed",
-            "keep_ratios",
-            "methods",
-            "position_ids",
-            "sites",
-            "timed",
-            "frontier",
-        )
+            "max_drop", "limit", "quick", "seed", "keep_ratios", "methods", "position_ids", "sites", "timed", "frontier"
+        )  # fmt: skip
         made = {k: getattr(self, k) for k in names} | {"task": self.task.name}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 

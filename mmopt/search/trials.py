@@ -24,8 +24,7 @@ class Trials:
 
     Wherever there is a choice of methods, keep ratios or position ids it is the same one. store: a file of an Optuna
     journal, made if it is not there. facts: what the results depend on, name -> text. Raises ImportError without
-    Optuna,
-    ValueError for a file of something else or of trials with other facts.
+    Optuna, ValueError for a file of something else or of trials with other facts.
     """
 
     def __init__(

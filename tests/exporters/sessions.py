@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto
 
 from mmopt.exporters.onnx import export
+from mmopt.spec.manifest import TensorInfo
 
 ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 DATA = Path(__file__).parents[1] / "data" / "mplug_owl2"
@@ -44,6 +45,11 @@ def in_float32(program, values):
 def in_float16(path, values):
     given = {k: v.half().numpy() if v.is_floating_point() else v.numpy() for k, v in values.items()}
     return [torch.from_numpy(x) for x in session(path / "toy.onnx").run(None, given)]
+
+
+def shaped(**shapes):
+    """Inputs of a stage as an engine directory lists them, by name."""
+    return {name: TensorInfo(shape, "float32") for name, shape in shapes.items()}
 
 
 def checked(out):

@@ -26,10 +26,10 @@ from mmopt.search.optimize import optimize
 def test_program_json(result, tmp_path):
     out = export(result.program, tmp_path / "engine", reports=result.reports, check=False)
     facts = json.loads((out / "program.json").read_text())
-    assert (facts["schema"], facts["target"], facts["dtype"]) == (1, "onnx", "float32")
+    assert (facts["schema"], facts["target"], facts["dtype"]) == (2, "onnx", "float32")
     assert set(facts["stages"]) == {"vision", "abstractor", "embed", "language_model"}
     assert facts["info"]["context"] == 64
-    assert not {"torch_dtype", "directory", "processing"} & set(facts["info"])
+    assert not {"torch_dtype", "directory", "tokenizer", "source"} & set(facts["info"])
     for name, stage in facts["stages"].items():
         data = (out / stage["file"]).read_bytes()
         assert stage["sha256"] == hashlib.sha256(data).hexdigest()
@@ -42,17 +42,16 @@ def test_program_json(result, tmp_path):
     assert language["outputs"]["past"] == {"shape": ["B"], "dtype": "int64", "onnx": "new_past"}
     assert language["outputs"]["logits"] == {"shape": ["B", 1, 304], "dtype": "float32"}
     assert facts["state"]["key_cache.0"] == {"shape": ["B", 4, 64, 16], "dtype": "float32"}
-    assert facts["schedule"][0] == {"call": "vision", "rename": {}}
-    assert facts["schedule"][2]["over"] == "chunks"
-    assert facts["schedule"][3]["until"] == "done"
+    assert facts["schedules"]["text"][0] == {"call": "vision"}
+    assert facts["schedules"]["text"][2]["over"] == "chunks"
+    assert facts["schedules"]["text"][3]["until"] == "done"
+    assert not facts["schedules"].get("image")
     weights = (out / "weights.safetensors").read_bytes()
-    assert facts["weights"] == {
-        "file": "weights.safetensors",
-        "bytes": len(weights),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-    }
-    assert facts["processing"]["image"]["size"] == 56
-    assert facts["processing"]["tokenizer"] is None
+    assert facts["weights"] == [
+        {"file": "weights.safetensors", "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    ]
+    assert facts["info"]["processing"]["image"]["size"] == 56
+    assert facts.get("tokenizer") is None
     assert [r["name"] for r in facts["reports"]] == [r.name for r in result.reports]
     assert facts["reports"][0]["rewrites"]
 
@@ -136,7 +135,8 @@ def test_link(program, result, tmp_path):
     assert name in stored
     assert not {"lm_head.weight", "model.layers.1.self_attn.o_proj.weight"} & stored
     facts = json.loads((out / "program.json").read_text())
-    (linked,) = facts["weights"]["linked"]
+    _, linked = facts["weights"]
+    assert linked["file"] == "model.safetensors"
     assert linked["sha256"] == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert facts["checked"]["program"] == "equal"
     cast = export(changed, tmp_path / "cast", weights="link", dtype="float16", check=False)
@@ -246,7 +246,7 @@ def test_tokenizer_is_copied_or_converted(tmp_path):
     (checkpoint / "tokenizer.model").write_bytes(made.getvalue())
     program = trace(load(checkpoint), context=32)
     out = export(program, tmp_path / "converted", check=False)
-    assert json.loads((out / "program.json").read_text())["processing"]["tokenizer"] == "tokenizer.json"
+    assert json.loads((out / "program.json").read_text())["tokenizer"] == "tokenizer.json"
     expected = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue()).encode("the lazy fox")
     assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("the lazy fox").ids == expected
     Tokenizer(models.BPE()).save(str(checkpoint / "tokenizer.json"))

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import onnx
 import pytest
+import toys
+from sessions import shaped
 
 from mmopt.exporters import lower_tensorrt, tensorrt
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import GateError, check_engine, profiles
 from mmopt.frontend.trace import trace
 from mmopt.ir.graph import aten
+from mmopt.spec.manifest import read_directory
 
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
 
@@ -66,7 +69,7 @@ def test_gate_leaves_nothing_behind(small, tmp_path, monkeypatch):
     def wrong(e, n):
         return e.op("Cast", e.op("NonZero", e.value(n.args[0])), to=1)
 
-    monkeypatch.setattr(lower_tensorrt, "RULES", lower_tensorrt.RULES | {aten.silu.default: wrong})
+    monkeypatch.setitem(lower_tensorrt.RULES, aten.silu.default, wrong)
     with pytest.raises(GateError, match=r"stage abstractor, node silu\w*/nonzero_0, operator NonZero"):
         export(small, tmp_path / "engine", "tensorrt", check=False)
     assert os.listdir(tmp_path) == []
@@ -76,8 +79,8 @@ def test_gate_leaves_nothing_behind(small, tmp_path, monkeypatch):
 def test_builder_refusal_is_named(small, tmp_path, monkeypatch):
     """More rows than the cache holds: known only when the engine is built."""
     out = export(small, tmp_path / "engine", "tensorrt", check=False, gate=False)
-    facts = json.loads((out / "program.json").read_text())
-    wrong = profiles(facts["stages"]["language_model"]["inputs"], facts["info"])
+    manifest = read_directory(out)
+    wrong = profiles(manifest.stages["language_model"].inputs, manifest.info)
     wrong[0]["text"] = [(1, 100, 64) if i == 1 else shape for i, shape in enumerate(wrong[0]["text"])]
     wrong[0]["text"][2] = (1, 100, 64)
     monkeypatch.setattr(tensorrt, "profiles", lambda x, info: wrong if "past" in x else profiles(x, info))
@@ -88,8 +91,8 @@ def test_builder_refusal_is_named(small, tmp_path, monkeypatch):
 
 
 def test_profiles():
-    info = {"batch": 4, "images": 2, "context": 64, "tokens_per_image": 9}
-    cache = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
+    info = toys.toy_info(batch=4, images=2, context=64, tokens_per_image=9)
+    cache = shaped(visual=("B", "nv", 8), text=("B", "nt", 8), past=("B",))
     prompt, text, decode = profiles(cache, info)
     assert prompt["visual"] == [(1, 0, 8), (1, 9, 8), (1, 18, 8)]
     assert prompt["text"] == [(1, 1, 8), (1, 46, 8), (1, 46, 8)]
@@ -97,9 +100,9 @@ def test_profiles():
     assert text["text"][2] == (1, 64, 8)
     assert decode["past"] == [(1,), (4,), (4,)]
     assert decode["text"] == [(1, 1, 8), (4, 1, 8), (4, 1, 8)]
-    (images,) = profiles({"pixel_values": {"shape": ["N", 3, 5, 5]}}, info)
+    (images,) = profiles(shaped(pixel_values=("N", 3, 5, 5)), info)
     assert images["pixel_values"] == [(1, 3, 5, 5), (1, 3, 5, 5), (8, 3, 5, 5)]
-    (none,) = profiles({"pixel_values": {"shape": ["N", 3, 5, 5]}}, replace(info, images=0))
+    (none,) = profiles(shaped(pixel_values=("N", 3, 5, 5)), replace(info, images=0))
     assert none["pixel_values"][2] == (4, 3, 5, 5)
 
 
@@ -117,7 +120,7 @@ def test_without_tensorrt(small, tmp_path, monkeypatch):
 def test_large_engines_are_parsed_not_built(small, tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(tensorrt, "available", lambda: True)
-    monkeypatch.setattr(tensorrt, "check_stages", lambda directory, facts, build, tell: built.append(build) or [])
+    monkeypatch.setattr(tensorrt, "check_stages", lambda directory, manifest, build, tell: built.append(build) or [])
     export(small, tmp_path / "engine", "tensorrt", check=False)
     monkeypatch.setattr(tensorrt, "MOST_BYTES_TO_BUILD", 1000)
     out = export(small, tmp_path / "engine", "tensorrt", check=False)

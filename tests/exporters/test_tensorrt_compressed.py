@@ -5,7 +5,7 @@ from functools import cache
 import onnx
 import pytest
 from compressed import traced
-from sessions import assert_builds
+from sessions import assert_builds, shaped
 
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
@@ -52,8 +52,8 @@ def test_profiles_have_what_is_told_of_images():
     made = program("before")
     shapes = {}
     for name, node in made.stages["language_model"].input_nodes().items():
-        shapes[name] = {"shape": [s if isinstance(s, int) else str(s) for s in node.meta["shape"]]}
-    prompt, text, decode = profiles(shapes, made.info)[:3]
+        shapes[name] = tuple(s if isinstance(s, int) else str(s) for s in node.meta["shape"])
+    prompt, text, decode = profiles(shaped(**shapes), made.info)[:3]
     assert prompt["visual"] == [(1, 0, 34), (1, 9, 34), (1, 27, 34)]
     assert text["visual"] == [(1, 0, 34)] * 3
     for key in ("position_delta_before", "position_delta"):

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from sessions import assert_builds, checked
+import toys
+from sessions import assert_builds, checked, shaped
 
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
@@ -14,6 +15,7 @@ from mmopt.frontend.load import load
 from mmopt.frontend.trace import trace
 from mmopt.search.optimize import optimize
 from mmopt.spec.cross_mask import key_mask, segments, visible_tiles
+from mmopt.spec.model_info import Cross
 
 DATA = Path(__file__).parents[1] / "data" / "flamingo"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
@@ -64,25 +66,25 @@ def test_only_standard_operators(optimized, program, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ profiles
-def info(blocks=1, images=2, batch=3, context=32, rows=8, **kind):
-    cross = {"blocks": blocks, "rows": rows, "width": 6, "before": "nothing", "together": False, "reset": False} | kind
-    return {"batch": batch, "images": images, "context": context, "tokens_per_image": 1, "image_id": 9, "cross": cross}
+def info(tiles=1, images=2, batch=3, context=32, tokens=8, **kind):
+    cross = Cross(tiles, tokens, 6, **kind)
+    return toys.toy_info(batch=batch, images=images, context=context, tokens_per_image=1, image_id=9, cross=cross)
 
 
-TRACED = {
-    "text": {"shape": ["B", "nt", 8]},
-    "media": {"shape": ["B", "nb", 8, 6]},
-    "seen": {"shape": ["B", "nt", "nb"]},
-    "past": {"shape": ["B"]},
-}
-CUT = {
-    "text": {"shape": ["B", "nt", 8]},
-    "segment.k": {"shape": ["S", "K", 4]},
-    "segment_rows": {"shape": ["S", "L"]},
-    "row_segments": {"shape": ["B", "nt"]},
-    "key_mask": {"shape": ["S", "K"]},
-    "past": {"shape": ["B"]},
-}
+TRACED = shaped(
+    text=("B", "nt", 8),
+    media=("B", "nb", 8, 6),
+    seen=("B", "nt", "nb"),
+    past=("B",),
+)
+CUT = shaped(
+    text=("B", "nt", 8),
+    **{"segment.k": ("S", "K", 4)},
+    segment_rows=("S", "L"),
+    row_segments=("B", "nt"),
+    key_mask=("S", "K"),
+    past=("B",),
+)
 
 
 def test_profiles():
@@ -90,9 +92,9 @@ def test_profiles():
     assert prompt["text"] == [(1, 1, 8), (1, 32, 8), (1, 32, 8)]
     assert prompt["seen"] == [(1, 1, 1), (1, 32, 1), (1, 32, 2)]
     assert decode["seen"] == [(1, 1, 1), (3, 1, 1), (3, 1, 2)]
-    (once,) = profiles({"media": {"shape": ["B", "nb", 8, 6]}}, info(blocks=4))
+    (once,) = profiles(shaped(media=("B", "nb", 8, 6)), info(tiles=4))
     assert once["media"] == [(1, 1, 8, 6), (1, 4, 8, 6), (3, 8, 8, 6)]
-    (none,) = profiles({"media": {"shape": ["B", "nb", 8, 6]}}, info(images=0))
+    (none,) = profiles(shaped(media=("B", "nb", 8, 6)), info(images=0))
     assert none["media"][2] == (3, 1, 8, 6)
 
 
@@ -102,11 +104,17 @@ def fits(least, largest, shape):
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize(
-    "kind", [{}, {"together": True}, {"blocks": 3, "together": True, "before": "all_images"}, {"before": "all_images"}]
+    "kind",
+    [
+        {},
+        {"merge_adjacent": True},
+        {"tiles": 3, "merge_adjacent": True, "leading_text": "all_images"},
+        {"leading_text": "all_images"},
+    ],
 )
 def test_what_the_host_makes_fits_the_profiles(kind, rows):
     """Segments of random prompts, also of markers without images, and of steps of a batch."""
-    facts, rng = info(rows=rows, **kind), np.random.default_rng(0)
+    facts, rng = info(tokens=rows, **kind), np.random.default_rng(0)
     prompt, decode = profiles(CUT, facts)
 
     def check(profile, rows_seen):
@@ -130,4 +138,4 @@ def test_what_the_host_makes_fits_the_profiles(kind, rows):
 
 
 def test_no_more_segments_than_rows():
-    assert profiles(CUT, info(rows=1, context=32))[0]["segment_rows"][2] == (32, 32)
+    assert profiles(CUT, info(tokens=1, context=32))[0]["segment_rows"][2] == (32, 32)

@@ -1,13 +1,13 @@
 """The TensorRT gate on a family that paints: every stage is parsed and built, and what is fed fits the profiles."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import painting_toy as toy
 import pytest
-from sessions import assert_builds, checked
+import toys
+from sessions import assert_builds, checked, shaped
 
 from mmopt.exporters import tensorrt
 from mmopt.exporters.onnx import export
@@ -17,6 +17,8 @@ from mmopt.frontend.trace import trace
 from mmopt.runtime.engine import Engine
 from mmopt.runtime.image_generation import EngineFlowSampler
 from mmopt.search.optimize import optimize
+from mmopt.spec.manifest import read_directory
+from mmopt.spec.model_info import Flow
 
 DATA = Path(__file__).parents[1] / "data" / "janusflow"
 installed = pytest.mark.skipif(not tensorrt.available(), reason="TensorRT for RTX is not installed")
@@ -57,7 +59,7 @@ def test_a_stage_that_does_not_convert_is_named(optimized, tmp_path, monkeypatch
     right = tensorrt.profiles
 
     def too_long(inputs, info):
-        flow = info.flow | {"rows": info.context}
+        flow = replace(info.required_flow, tokens=info.context)
         return right(inputs, replace(info, flow=flow, context=info.context + 2))
 
     monkeypatch.setattr(tensorrt, "profiles", too_long)
@@ -73,7 +75,7 @@ def test_what_is_fed_fits_the_profiles(passes, lengths, steps, tmp_path, monkeyp
     p = toy.program(batch=2)
     p = optimize(p, check=False).program if passes else p
     out = export(p, tmp_path / "engine", "tensorrt", check=False, gate=False)
-    facts, seen = json.loads((out / "program.json").read_text()), []
+    manifest, seen = read_directory(out), []
     run = EngineFlowSampler.run_stage
 
     def spy(self, call, inputs):
@@ -84,7 +86,7 @@ def test_what_is_fed_fits_the_profiles(passes, lengths, steps, tmp_path, monkeyp
     Engine(out).generate_images([list(range(1, n + 1)) for n in lengths], steps=steps, seed=0)
     assert {"language_model", "flow_encode", "flow_decode", "decode_image", "embed"} <= {name for name, _ in seen}
     for name, shapes in seen:
-        listed = profiles(facts["stages"][name]["inputs"], facts["info"])
+        listed = profiles(manifest.stages[name].inputs, manifest.info)
         assert any(all(fits(r[k][0], r[k][2], shape) for k, shape in shapes.items()) for r in listed), (name, shapes)
 
 
@@ -93,16 +95,15 @@ def fits(least, largest, shape):
 
 
 def test_profiles():
-    language = {"visual": {"shape": ["B", "nv", 8]}, "text": {"shape": ["B", "nt", 8]}, "past": {"shape": ["B"]}}
-    info = {"batch": 3, "images": 1, "context": 40, "tokens_per_image": 4, "flow": {"rows": 16, "steps": 30}}
+    language = shaped(visual=("B", "nv", 8), text=("B", "nt", 8), past=("B",))
+    flow = Flow((4, 8, 8), tokens=16, steps=30)
+    info = toys.toy_info(batch=3, images=1, context=40, tokens_per_image=4, flow=flow)
     prompt, step, *reading = profiles(language, info)
     assert (prompt["visual"][2], prompt["text"][0], prompt["text"][2]) == ((6, 0, 8), (1, 1, 8), (6, 23, 8))
     assert (step["visual"][0], step["visual"][2], step["text"][0]) == ((1, 1, 8), (6, 24, 8), (1, 16, 8))
-    assert (
-        reading == profiles(language, replace(info, flow=None)) == profiles(language, replace(info, context=40, flow=0))
-    )
+    assert reading == profiles(language, replace(info, flow=None))
     assert profiles(language, replace(info, context=17))[0]["text"][2] != (6, 16, 8)  # no image fits: no such profile
-    (table,) = profiles({"time": {"shape": ["B"]}}, info)
+    (table,) = profiles(shaped(time=("B",)), info)
     assert table["time"][2] == (100,)
-    (latents,) = profiles({"latents": {"shape": ["B", 4, 8, 8]}}, info)
+    (latents,) = profiles(shaped(latents=("B", 4, 8, 8)), info)
     assert latents["latents"][2] == (6, 4, 8, 8)

@@ -10,8 +10,9 @@ from sessions import session
 from mmopt.exporters import lower_onnxruntime
 from mmopt.exporters.compare import compare_with_program
 from mmopt.exporters.emit import ExportError
-from mmopt.exporters.onnx import export
+from mmopt.exporters.onnx import TARGETS, export
 from mmopt.ir.graph import aten
+from mmopt.spec.manifest import read_directory
 
 
 @pytest.fixture(params=["traced", "optimized", "grouped", "narrow"])
@@ -113,7 +114,7 @@ def test_own_comparison_finds_a_wrong_graph(program, tmp_path, monkeypatch):
         return e.op("Mul", lower_onnxruntime.linear(e, n), e.number(1.01, torch.float32))
 
     rules = lower_onnxruntime.RULES | {aten.linear.default: wrong}
-    monkeypatch.setattr(lower_onnxruntime, "RULES", rules)
+    monkeypatch.setitem(TARGETS, "onnx", rules)
     with pytest.raises(ExportError, match=r"stage vision, output vision_rows at .*error"):
         export(program, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
@@ -121,7 +122,7 @@ def test_own_comparison_finds_a_wrong_graph(program, tmp_path, monkeypatch):
 
 def test_checker_refusal_is_named(program, tmp_path, monkeypatch):
     rules = lower_onnxruntime.RULES | {aten.layer_norm.default: lambda e, n: e.op("NoSuchOperator", e.value(n.args[0]))}
-    monkeypatch.setattr(lower_onnxruntime, "RULES", rules)
+    monkeypatch.setitem(TARGETS, "onnx", rules)
     with pytest.raises(ExportError, match=r"vision\.onnx: the ONNX checker refuses it.*NoSuchOperator"):
         export(program, tmp_path / "engine")
 
@@ -130,19 +131,19 @@ def test_what_does_not_run_is_named(program, tmp_path, monkeypatch):
     def wrong(e, n):
         return e.op("Reshape", lower_onnxruntime.linear(e, n), e.ints([7, 7]))
 
-    monkeypatch.setattr(lower_onnxruntime, "RULES", lower_onnxruntime.RULES | {aten.linear.default: wrong})
+    monkeypatch.setitem(TARGETS, "onnx", lower_onnxruntime.RULES | {aten.linear.default: wrong})
     with pytest.raises(ExportError, match="stage vision: ONNX Runtime"):
         export(program, tmp_path / "engine")
 
 
 def test_compare_looks_at_every_stage(result, tmp_path):
     out = export(result.program, tmp_path / "engine", check=False)
-    facts = json.loads((out / "program.json").read_text())
-    assert compare_with_program(out, result.program, facts) is None
+    manifest = read_directory(out)
+    assert compare_with_program(out, result.program, manifest) is None
     broken = result.program.copy()
     name = "model.layers.3.mlp.down_proj.weight"
     broken.weights[name] = broken.weights[name] * 1.1
     broken.stages = {k: s.replaced(s.graph) for k, s in broken.stages.items()}  # constants of these weights
-    found = compare_with_program(out, broken, facts)
+    found = compare_with_program(out, broken, manifest)
     assert found is not None
     assert found.stage == "language_model"

@@ -140,7 +140,7 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"   {name:<24}min {min(seconds) * 1e3:7.2f} ms   median {statistics.median(seconds) * 1e3:7.2f} ms")
     print(
-        "   (so small a model says little about speed: `mmopt bench speed --config mplug-owl2-mid --random-weights` does)"
+        "   (so small a model tells little of speed: `mmopt bench speed --config mplug-owl2-mid --random-weights` does)"
     )
     if differing:
         sys.exit(f"the engine's answers differ from the model's on {len(differing)} questions")

@@ -28,9 +28,7 @@ WAYS = [("before: model", 30, "euler"), ("after: engine", 30, "euler")]  # who p
 WAYS += [("after: engine", 10, "fitted"), ("after: engine", 8, "fitted"), ("fine solution", 100, "ab2")]
 BATCH, FIT = 8, {"samples": 12, "fine": 60}  # images at once; noises to fit to (as many are held out)
 PROMPTS = digits.Prompts(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-GenerationCase = tuple[
-    np.ndarray, np.ndarray, float
-]  # pixels [n, 32, 32, 3] uint8, latents [n, 4, 8, 8], seconds of one
+Painted = tuple[np.ndarray, np.ndarray, float]  # pixels [n, 32, 32, 3] uint8, latents [n, 4, 8, 8], seconds of one
 COLUMNS, CELL, GAP, LEFT, TOP = 12, 3 * pictures.SIZE, 8, 132, 52  # of the contact sheet; all but the first in pixels
 
 
@@ -73,9 +71,9 @@ def read(model: Model, engine: mmopt.Engine, count: int) -> int:
     return sum(a != b for pairs in hits.values() for a, b in pairs)
 
 
-def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: torch.Tensor) -> list[GenerationCase]:
+def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: torch.Tensor) -> list[Painted]:
     """The same captions and noises in all WAYS, interleaved."""
-    made: list[list[GenerationCase]] = [[] for _ in WAYS]
+    made: list[list[Painted]] = [[] for _ in WAYS]
     for start in range(0, len(noise), BATCH):
         part = slice(start, start + BATCH)
         captions = [wanted.caption(i) for i in range(len(noise))[part]]
@@ -90,7 +88,7 @@ def paint(model: Model, engine: mmopt.Engine, wanted: pictures.Pictures, noise: 
     return [(np.concatenate(p), np.concatenate(z), np.median(t)) for p, z, t in (zip(*m, strict=True) for m in made)]
 
 
-def table(painted: list[GenerationCase], wanted: pictures.Pictures) -> None:
+def table(painted: list[Painted], wanted: pictures.Pictures) -> None:
     fine_pixels, fine_latents, _ = painted[-1]
     real = part_of(pictures.stored(), slice(len(fine_pixels)))
     seen = judge(real.pixels)
@@ -104,7 +102,7 @@ def table(painted: list[GenerationCase], wanted: pictures.Pictures) -> None:
         print(f"{errors.mean():>8.4f}{np.quantile(errors, 0.9):>8.4f}{quality:>7.1f}")
 
 
-def sheet(painted: list[GenerationCase], captions: list[str], path: Path) -> None:
+def sheet(painted: list[Painted], captions: list[str], path: Path) -> None:
     """Write one row for each way but the fine solution, one column for each caption."""
     step, font, rows = CELL + GAP, ImageFont.load_default(14), len(painted) - 1
     made = Image.new("RGB", (LEFT + step * len(captions) + GAP, TOP + step * rows + GAP), "white")

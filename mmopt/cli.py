@@ -41,8 +41,8 @@ def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
     return field(default=default, metadata={"made": functools.partial(typer.Option, *names, help=help, **more)})
 
 
-def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
-    return field(default=default, metadata={"made": functools.partial(typer.Argument, help=help)})
+def argument(help: str, default: Any = dataclasses.MISSING, **more: Any) -> Any:
+    return field(default=default, metadata={"made": functools.partial(typer.Argument, help=help, **more)})
 
 
 def parameter(name: str, kind: Any, given: Any, panel: str | None = None) -> python.Parameter:
@@ -181,7 +181,9 @@ class Sizes:
 @dataclass
 class PassOptions:
     panel: ClassVar = "Passes"
-    plan: Path | None = option("Apply a plan too: a file of `optimize --plan-out`, or an engine that has one.")
+    plan: Path | None = option(
+        "Apply a plan too: a file of `optimize --plan-out`, or an engine that has one.", exists=True
+    )
     check: bool | None = option("Compare before and after. (default: if affordable)", None, "--check/--no-check")
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -214,14 +216,16 @@ class SearchOptions:
     """Budgets, and what a search for the cheapest plan that keeps them takes."""
 
     panel: ClassVar = "Search"
-    quality: Path | None = option("Find the cheapest compression that keeps the score on this task, a JSONL file.")
+    quality: Path | None = option(
+        "Find the cheapest compression that keeps the score on this task, a JSONL file.", exists=True
+    )
     max_drop: float | None = option("How far the score may fall. (default: 0.01)", min=0.0, max=1.0)
     limit: int | None = option("Ask so many of the task's samples, always the same.", min=1)
     trials: int | None = option("Plans to measure. (default: 30)", min=1)
     seed: int | None = option("Of the search. (default: 0)", min=0)
     store: Path | None = option("Keep the trials in this file, to go on from there.")
     drift: float | None = option("Generate images in the fewest steps that change the latents by at most this share.")
-    prompts: Path | None = option("For --drift: a text file of typical prompts, one in each line.")
+    prompts: Path | None = option("For --drift: a text file of typical prompts, one in each line.", exists=True)
     plot: Path | None = option("Draw quality over cost to this PNG file.")
     plan_out: Path | None = option("Write the plan found to this file.")
 
@@ -407,7 +411,9 @@ def export(
     dtype: str | None = option("Precision of the engine. (default: float32 for onnx, as stored for tensorrt)"),
     weights: str = option("copy, or link: leave unchanged weights in the checkpoint's files.", "copy"),
     exact: bool = option("Run the exact passes first.", True, "--optimize/--no-optimize"),
-    fit: Path | None = option("Fit few steps of image generation to typical prompts: a text file, one in each line."),
+    fit: Path | None = option(
+        "Fit few steps of image generation to typical prompts: a text file, one in each line.", exists=True
+    ),
     fit_steps: list[int] | None = option("Steps to fit; repeatable. (default: 10 and 8)", min=1),
     polish: int = option("Gradient steps after each fit, for few steps.", 0, min=0),
 ) -> None:
@@ -443,7 +449,7 @@ def verify(
     parts: Parts,
     output: Output,
     checkpoint: str = CHECKPOINT,
-    cases: list[Path] = argument("Recorded cases (.safetensors)."),
+    cases: list[Path] = argument("Recorded cases (.safetensors).", exists=True),
     levels: str = option("What to compare with them, with commas.", "model,program,optimized,engine"),
     dtype: str = option("Compute in float32, float16 or bfloat16.", "float32"),
 ) -> None:
@@ -477,13 +483,14 @@ def run(
     stop: list[str] | None = option("Stop before this text; repeatable."),
     num_beams: int = option("Beam search with so many; at most the engine's batch.", 1, min=1),
     length_penalty: float = option("Beams: scores are divided by length to this power.", 1.0),
-    prefix: Path | None = option("Go on from a stored beginning of the prompt (`mmopt prefix`)."),
+    prefix: Path | None = option("Go on from a stored beginning of the prompt (`mmopt prefix`).", exists=True),
 ) -> None:
-    """RequestState one question about images with an exported engine."""
+    """Answer one question about images with an exported engine."""
     loaded = options.open(engine, output)
     request: dict[str, Any] = {
         "images": image or [], "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "beams": num_beams, "length_penalty": length_penalty,
+        "top_p": top_p, "seed": seed, "stop": tuple(stop or ()), "num_beams": num_beams,
+        "length_penalty": length_penalty,
         "prefix": None if prefix is None else loaded.load_prefix(prefix),
     }  # fmt: skip
     output.progress("answer")
@@ -601,7 +608,7 @@ def bench_quality(
     parts: Parts,
     output: Output,
     model: str = argument("An engine directory, or a checkpoint, which then runs in PyTorch."),
-    task: Path = argument("A JSONL file of images, prompts and answers."),
+    task: Path = argument("A JSONL file of images, prompts and answers.", exists=True),
     limit: int | None = option("Ask so many of the task's samples, always the same.", min=1),
     threads: int = option("CPU threads.", 2, min=1),
     dtype: str | None = option("Of a checkpoint: float32, float16 or bfloat16. (default: as stored)"),

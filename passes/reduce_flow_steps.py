@@ -1,7 +1,7 @@
 """x_1 = x_0 + integral of v = a x_0 + sum b_j v(x_j, t_j): fewer evaluations of the velocity, put together better.
 
-The loop over steps stays as it is; its table of times and coefficients is replaced (`mmopt.spec.solvers`), and the plans
-that were fitted to the model go along with the Program into its engines.
+The loop over steps stays as it is; its table of times and coefficients is replaced (`mmopt.spec.solvers`), and the
+plans that were fitted to the model go along with the Program into its engines.
 """
 
 from __future__ import annotations

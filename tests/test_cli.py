@@ -102,8 +102,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (["inspect", "--nonsense", *TINY], "No such option: --nonsense"),
         (["inspect", tmp_path / "none"], "none"),
         (["run"], "Missing argument 'engine'"),
+        (["optimize", *TINY, "--plan", "none.json"], "'--plan': path 'none.json' does not exist"),
         (
-            ["verify", "x", "y", "--levels", "[engin]"],
+            ["verify", "x", __file__, "--levels", "[engin]"],
             "--levels: expected some of model,program,optimized,engine, seen '[",
         ),
         (["bench", "speed", *TINY], "--config: expected with --random-weights"),

@@ -27,8 +27,8 @@ BELOW["measure"] = BELOW["conformance"] = " ".join(BELOW)
 BELOW["search"] = BELOW["conformance"] + " measure"
 BELOW["__init__"] = BELOW["cli"] = " ".join(BELOW)
 
-# Imports inside functions: the command line and the package itself start without torch, and a child process imports what
-# it measures. Elsewhere only what is heavy and optional, or what an engine that answers in text does not need.
+# Imports inside functions: the command line and the package itself start without torch, and a child process imports
+# what it measures. Elsewhere only what is heavy and optional, or what an engine that answers in text does not need.
 ANYTHING = {"mmopt/cli.py", "mmopt/__init__.py", "mmopt/measure/memory.py"}
 LAZY = {
     "mmopt/report.py": {"matplotlib"},

@@ -17,26 +17,26 @@ NOT_YET: set[str] = {
 }
 
 RETIRED = (  # whole words; an underscore parts words as a blank does
-    "paint", "paints", "painted", "sampler", "painting", "paintings", "repainting", "row", "rows", "place", "places",
+    "paint", "paints", "painted", "painter", "painting", "paintings", "repainting", "row", "rows", "place", "places",
     "narrower", "lane", "lanes", "sight", "sights", "seam", "seams", "attends", "sees", "tell", "told",
 )  # fmt: skip
 PHRASES = ("left out", "told of", "outside the text", "among the text", "points of the line")
 
 NAMES = {  # public names and parameters that have another name now
-    "mmopt.evaluate": "mmopt.evaluate",
-    "mmopt.QualityBudget": "mmopt.QualityBudget",
-    "mmopt.DriftBudget": "mmopt.DriftBudget",
-    "mmopt.compare_scores": "mmopt.compare_scores",
-    "mmopt.verify": "mmopt.verify",
+    "mmopt.quality": "mmopt.evaluate",
+    "mmopt.Quality": "mmopt.QualityBudget",
+    "mmopt.Drift": "mmopt.DriftBudget",
+    "mmopt.paired": "mmopt.compare_scores",
+    "mmopt.replay": "mmopt.verify",
     "mmopt.find_places": "mmopt.find_sites",
-    "mmopt.fit_flow_plan": "mmopt.fit_flow_plan",
+    "mmopt.fit_flow_schedule": "mmopt.fit_flow_plan",
     "fit_flow_plan.nfe": "steps",
     "QualityBudget.drop": "max_drop",
     "CompressVisualTokens.keep": "keep_ratio",
     "CompressVisualTokens.positions": "position_ids",
     "CompressVisualTokens.least_saving": "min_saving",
     "Program.__call__.before": "num_previous_images",
-    "Engine.cache_bytes": "cache_bytes",
+    "Engine.keep_bytes": "cache_bytes",
     "Engine.generate_image": "generate_images",
     "Engine.debug.generate_ids": "engine.debug.generate_ids",
     "Engine.prepare": "_prepare",
@@ -109,8 +109,8 @@ def test_what_is_mended_is_no_longer_listed():
 
 
 def test_retired_words_are_found():
-    assert wrong_words("x", "How a row_width or rowdy GeneratedImages") == {"x: row", "x: painting"}
-    assert wrong_words("x", "tokens are left out. FlowPainter") == {"x: left out", "x: sampler"}
+    assert wrong_words("x", "How a row_width or rowdy Painting") == {"x: row", "x: painting"}
+    assert wrong_words("x", "tokens are left out. FlowPainter") == {"x: left out", "x: painter"}
 
 
 def test_all_commands_are_walked():

@@ -53,7 +53,7 @@ NOTES = (
     "first token: encoding an image and reading it with its text; decode: one token more; image generation: one image. "
     "FLOP: counted (`mmopt.inspect`). Times: medians; least: the minimum. x: paired, the median of the rounds' ratios, "
     "to nothing (all) and to the step above (own).",
-    "DriftBudget of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
+    "Drift of fewer rows and fewer steps depends on the weights: it is measured on trained ones, not here.",
 )
 
 

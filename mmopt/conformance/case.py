@@ -158,7 +158,7 @@ class CrossMasks:
 
     @property
     def blocks(self) -> int:
-        """TileView of the sample with most images."""
+        """Tiles of the sample with most images."""
         return max(self.images) * self.cross.tiles
 
     @property
@@ -177,7 +177,7 @@ class CrossMasks:
     def feed(self, ids: Tensor) -> list[list[VisibleTiles]]:
         """What ids ``[B, n]`` see that are fed one by one, as the reference has it.
 
-        There a marker in one sample makes the others lose their images; in `mmopt.spec.cross_mask` samples do not touch.
+        There a marker in one sample makes the others lose their images; in `mmopt.spec.cross_mask` they do not.
         """
         sights, rows = self.last(), [[] for _ in self.images]  # type: list[CrossMask], list[list[VisibleTiles]]
         for column in ids.T.tolist():

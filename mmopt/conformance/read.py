@@ -56,8 +56,8 @@ def read_cases(
 
     `layout`: of the family, by default names as used here. `cross`: if images lie outside the text. `image_dims`:
     dimensions of an image. `flow`: of a model that generates images, and its vocabulary's size. The checkpoint's own
-    weights among the files are passed over, so that ``*.safetensors`` works, and listed in `passed_over`. Raises ValueError
-    that names a file that is no case, or an input that is not known.
+    weights among the files are passed over, so that ``*.safetensors`` works, and listed in `passed_over`. Raises
+    ValueError that names a file that is no case, or an input that is not known.
     """
     files, cases = [Path(p) for p in paths], []
     weights = [] if passed_over is None else passed_over

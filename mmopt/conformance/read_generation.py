@@ -39,7 +39,7 @@ WHOLE = ("times", "interval", "latents", "seen", "prefix", "decoder_latents", "i
 REASONS = (  # the first that fits: (points, values, reason)
     ("model", "", "the model made no such value from these inputs"),
     ("optimized engine", "seen", "rows that are hidden are left out of the prompt"),
-    ("program optimized engine", "", "an internal value, not visible_tiles at this point"),
+    ("program optimized engine", "", "an internal value, not visible at this point"),
 )
 
 

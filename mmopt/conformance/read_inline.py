@@ -107,7 +107,7 @@ def _read_rows(case: Case, given: dict[str, Tensor], counts: list[int], image_id
         wanted = len(images) * tokens_per_image
         if len(places) != wanted or int(held[b].sum()) != wanted or not bool(case.valid[b, places].all()):
             raise ValueError(
-                f"{case.name}: sample {b} has {len(images)} images of {tokens_per_image} rows, all of them read, but its "
+                f"{case.name}: sample {b} has {len(images)} images of {tokens_per_image} rows, all read, but its "
                 f"masks mark {len(places)} places in its ids and {int(held[b].sum())} rows of images"
             )
         for n, image in enumerate(images):

@@ -43,7 +43,7 @@ NOT_COMPARED = (  # the first reason that fits stands in the report: (points, ou
     ("program optimized engine", r"out\.prepare\.(?!inputs_embeds)", "there is no such tensor: prompts are not padded"),
     ("optimized engine", r"out\.loss", "needs the logits of all rows"),
     ("engine", r"out\.(prepare\.inputs_embeds|hidden\.0)$", "no image rows in it, and an engine shows no others"),
-    ("program optimized engine", r"", "an internal value, not visible_tiles at this point"),
+    ("program optimized engine", r"", "an internal value, not visible at this point"),
 )
 RECORDED = (
     r"out\.(prepare\.(inputs_embeds|position_ids|modality_indicators|attention_mask|labels)|logits|loss|hidden\.0|kv_cache\.\d+\.(key|value)"

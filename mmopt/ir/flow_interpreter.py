@@ -58,7 +58,7 @@ def flow_sampler(
 def generate_images(
     sampler: Callable[..., FlowSampler], info: ModelInfo, prompts: list[list[int]], noise: Tensor, plan: Any
 ) -> dict:
-    """See `Program.generate_images`; `sampler` makes one of samples, a plan and what is called after each evaluation."""
+    """See `Program.generate_images`; `sampler` makes one of samples, a plan and what follows each evaluation."""
     shape = (len(prompts), *info.required_flow.latents)
     if tuple(noise.shape) != shape or noise.dtype != torch.float32:
         raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}, expected float32 of shape {shape}")

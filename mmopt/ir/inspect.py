@@ -33,7 +33,7 @@ SHOT = 20  # text rows of each image, its marker among them, where images lie ou
 CONVENTIONS = (
     "A multiply-add is 2 FLOPs; linear, convolution and attention products are counted, nothing else.",
     "The head is counted (tied too); embedding look-ups cost 0 FLOPs and read the rows looked up.",
-    "Attention is counted dense where a dense mask runs, by visible_tiles pairs where causality is known.",
+    "Attention is counted dense where a dense mask runs, by visible pairs where causality is known.",
     "A weight is read once in a call in which its node has rows; branches that a selection discards run, and count.",
     "What depends on weights alone is computed before run time: 0 FLOPs, and the bytes of the result that is read.",
     "flops, weight_bytes and cache_bytes are those of one trip of a call; totals per token are those of the first new "

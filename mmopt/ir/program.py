@@ -88,7 +88,8 @@ class Program:
         Returns the named values at the end, ``tokens`` (a list of new ids for each sample, the end id included) among
         them. `forced` ``[B, T]`` feeds these ids instead of the greedy ones. `observe` is called after each stage.
         `image_inputs`: what the image stages take beside pixel_values. Where images lie outside the text: `images` of
-        each prompt, if not as many as its markers; `tiles` of each image that count; `num_previous_images`: markers before each prompt.
+        each prompt, if not as many as its markers; `tiles` of each image that count; `num_previous_images`: markers
+        before each prompt.
         """
         self._needs_weights()
         interpreter = Interpreter(

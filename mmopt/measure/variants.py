@@ -1,4 +1,4 @@
-"""What a benchmark times: the stages of an engine on given inputs. Needs no torch (see `mmopt.measure.torch_stages`)."""
+"""What a benchmark times: the stages of an engine on given inputs. No torch: see `torch_stages.py`."""
 
 from __future__ import annotations
 

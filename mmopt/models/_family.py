@@ -16,10 +16,10 @@ from mmopt.spec.model_info import Cross, Flow
 class Recording:
     """One run of a reference implementation, as a file of recorded tensors may hold it.
 
-    names: recorded name -> what `mmopt.conformance.read` calls it; ``*`` is any text, the same on both sides. Taps look for the
-    latter. A file holds this run if it has all of `needs`, or any input if that is empty; with `otherwise` only if it
-    holds no other. run: instead of a prompt, a function of the module and the file's tensors by their new names -> our
-    own values by the same names. alone: from the same a stage that the file has the weights of, and for each value that
+    names: recorded name -> what `mmopt.conformance.read` calls it; ``*`` is any text, the same on both sides. Taps look
+    for the latter. A file holds this run if it has all of `needs`, or any input if that is empty; with `otherwise` only
+    if it holds no other. run: instead of a prompt, a function of the module and the file's tensors by their new names
+    -> our own values by the same names. alone: from the same a stage that the file has the weights of, and for each value that
     it makes its inputs (or None).
     """
 
@@ -79,7 +79,7 @@ class Family:
     recognises: Callable[[dict], bool] = lambda raw: False  # a config.json that names no architecture
     full_precision: str | None = None  # regular expression: keys of weights that are never float16
     weight_key: str | None = None  # regular expression: a key of weights that come without a config.json
-    # checkpoint, language model and vision tower as they lie on disk, options of load -> mmopt.models._weight_files.Assembled
+    # checkpoint, language model and vision tower as they lie on disk, options of load -> _weight_files.Assembled
     assemble: Callable[[Any, Any, Any, dict], Any] | None = None
 
 

@@ -135,7 +135,7 @@ class TextStream:
         return self._processor.decode(self._context + self._pending)[len(before) :]
 
     def _emit(self, new: str) -> str:
-        # Leading spaces are stripped from a whole text, so a context needs a visible_tiles character before the next piece
+        # Leading spaces are stripped from a whole text, so a context needs a visible character before the next piece
         # can be decoded after it as it would be after everything.
         if new.strip():
             self._context = self._pending

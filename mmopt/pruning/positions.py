@@ -169,7 +169,7 @@ def _is_position(n: Node, past: Node) -> bool:
 
 
 def keep_for_images(program: Program, name: str, old: Stage) -> None:
-    """GeneratedImages reads no images: where it called a stage that was changed, it goes on with that as it was."""
+    """Image generation reads no images: where it called a stage that was changed, it goes on with that as it was."""
     if any(c.stage == name for c in program.schedules.image.calls()):
         program.stages[f"{name}.paint"] = old
         program.schedules = program.schedules.replaced(

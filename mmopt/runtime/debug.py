@@ -19,7 +19,9 @@ from mmopt.spec.prompt import layout_prompts
 
 @dataclass(frozen=True)
 class IdsRequest:
-    """What `DebugEngine.generate_ids` takes. prompts: ids, with the image id where an image stands; images in the order of the prompts.
+    """What `DebugEngine.generate_ids` takes.
+
+    prompts: ids, with the image id where an image stands; images in the order of the prompts.
 
     pixel_values ``[N, ...]``, or their image_embeds ``[N, tokens, hidden]`` as `Engine.encode_images` made them.
     image_inputs: what the image stages take beside pixel_values. forced ``[B, max_new_tokens]`` is fed instead of the
@@ -48,7 +50,8 @@ class Run:
 
     tokens: new ids, an end id included (with `forced`: the likeliest ids, though the forced ones were fed).
     logits: ``[T, V]`` float32, a row for each of the tokens; the first is that of the prompt's last row.
-    past: filled rows ``[B]``. caches: name -> ``[B, kv_heads, context, head_dim]``. image_embeds: ``[N, tokens, hidden]``.
+    past: filled rows ``[B]``. caches: name -> ``[B, kv_heads, context, head_dim]``.
+    image_embeds: ``[N, tokens, hidden]``.
     """
 
     tokens: list[list[int]]
@@ -67,9 +70,14 @@ class DebugEngine:
     decoder: Decoder
     encode: Callable[..., Tensor]
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], **fields: Any) -> Run:
-        """RequestState all prompts at once, greedily; `fields` are the further ones of `IdsRequest`. EngineError for prompts or inputs that do not fit together."""
-        a = IdsRequest(prompts, **fields)
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], pixel_values: np.ndarray | None = None, **fields: Any
+    ) -> Run:
+        """Answer all prompts at once, greedily; `fields` are the further ones of `IdsRequest`.
+
+        EngineError for prompts or inputs that do not fit together.
+        """
+        a = IdsRequest(prompts, pixel_values, **fields)
         info, decoder = self.info, self.decoder
         with _engine_errors():
             layout_prompts(prompts, info, a.max_new_tokens, a.images)

@@ -94,7 +94,7 @@ class Engine:
         stream: bool = False,
         **options: Any,
     ) -> Completion | Stream:
-        """RequestState a question, a conversation or a list of token ids. `options` are the further fields of `Request`.
+        """Answer a question, a conversation or a list of token ids. `options` are the further fields of `Request`.
 
         With `stream` the result is an iterator over pieces of text; closing it cancels.
         """
@@ -107,7 +107,7 @@ class Engine:
         return answering if stream else answering.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        """RequestState requests together, ``info.batch`` at once; what is asked beside it does not change an answer.
+        """Answer requests together, ``info.batch`` at once; what is asked beside it does not change an answer.
 
         Those with beams take the lanes of a batch for themselves, one after the other.
         """
@@ -139,7 +139,7 @@ class Engine:
         trajectory: bool = False,
         observe: Callable[[str, Any, dict[str, Any], None], None] | None = None,
     ) -> GeneratedImages:
-        """`n` images of each prompt: a text, ids that end with the token which stands for the image, or a list of these.
+        """`n` images of each prompt: a text, ids that end with the token that stands for the image, or a list.
 
         ``info.batch`` images are made at once; what is made beside it does not change an image. The result is a
         sequence of PIL images, and holds latents and pixels as numbers.
@@ -147,8 +147,8 @@ class Engine:
         steps: evaluations of the model (by default `mmopt.spec.flow_sampler.STEPS`); guidance: weight of the prompt (by
         default the model's). solver: one of `mmopt.spec.solvers.SOLVERS`, "fitted" or a plan; by default the plan that
         was fitted for so many steps and this guidance where the engine has one, else AB2. seed: of the noise; noise:
-        instead of it, ``[images, c, h, w]`` float32. progress: True shows a bar, a function is told (done, of how many).
-        `trajectory` keeps the latents after each evaluation. `observe` is called after each stage, as that of
+        instead of it, ``[images, c, h, w]`` float32. progress: True shows a bar, a function is told (done, of how
+        many). `trajectory` keeps the latents after each evaluation. `observe` is called after each stage, as that of
         `Program.generate_images`. Raises EngineError for a model that generates none, and for wrong prompts or options.
         """
         if not self.manifest.schedules.image:
@@ -263,8 +263,8 @@ class Engine:
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
         if request.num_beams > self.info.batch:
             raise EngineError(
-                f"beams is {request.num_beams}, but this engine was made for at most {self.info.batch} samples at once, "
-                f"and each beam takes the place of one: export it with batch {request.num_beams} or more"
+                f"num_beams is {request.num_beams}, but this engine was made for at most {self.info.batch} samples at "
+                f"once, and each beam takes the place of one: export it with batch {request.num_beams} or more"
             )
         if request.stop and self._text is None:
             raise EngineError(f"{self.directory}: has no tokenizer, so no stop strings can be found")

@@ -25,8 +25,8 @@ from mmopt.spec.schedule import is_cache
 class GeneratedImages(Sequence[Image.Image]):
     """What an engine generated: a sequence of pictures of 8 bits, and the numbers they are made from.
 
-    latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not clipped (None without a decoder
-    of images); trajectory: the latents after each evaluation, where asked for.
+    latents ``[G, c, h, w]`` float32; pixels ``[G, 3, H, W]`` float32, about -1 to 1, not clipped (None without a
+    decoder of images); trajectory: the latents after each evaluation, where asked for.
     """
 
     latents: np.ndarray

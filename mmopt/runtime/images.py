@@ -48,7 +48,7 @@ class SequenceImages:
 
 
 class TileView(Sequence[np.ndarray]):
-    """TileView of several images ``[rows, width]``, one after the other; only those that are asked for are looked at."""
+    """Tiles of several images ``[rows, width]``, one after the other; only those that are asked for are looked at."""
 
     def __init__(self, images: Sequence[Image], name: str, each: int):
         self._images, self._name, self._each = images, name, each

@@ -16,7 +16,7 @@ import numpy as np
 from mmopt.runtime.cache_layout import CacheLayout
 from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.tensor import Tensor, to_bits
-from mmopt.spec.errors import EngineError
+from mmopt.spec.errors import EngineError, _engine_errors
 from mmopt.spec.manifest import Manifest
 from mmopt.spec.prompt import count_tokens
 from mmopt.spec.schema import SCHEMA, check_schema
@@ -89,7 +89,8 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
     try:
         with safe_open(path, "np") as f:
             said = json.loads((f.metadata() or {}).get("prefix", "{}"))
-            check_schema(said, "a stored prefix", ("made_for", "ids", "rows", "dtype", "tiles", "text"))
+            with _engine_errors(f"{path}: "):
+                check_schema(said, "a stored prefix", ("made_for", "ids", "rows", "dtype", "tiles"), ("text",))
             if said["made_for"] != made_for:
                 raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  it is no dict

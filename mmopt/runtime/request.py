@@ -28,9 +28,10 @@ class Request:
     stop: texts that end the answer; they are not part of it.
     logprobs: also return the log-probability of each token.
     prefix: what `Engine.prefix` returned; the prompt (text or token ids) goes on from there.
-    num_beams: with more than 1, beam search as `mmopt.runtime.beam_search.search` has it: hypotheses end by end tokens alone, and the
-        best by sum of log-probabilities / length ** `length_penalty` is the answer; `early_stopping` is True, False or
-        "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go with it.
+    num_beams: with more than 1, beam search (`mmopt.runtime.beam_search.search`): hypotheses end by end tokens alone,
+        and the best by sum of log-probabilities / length ** `length_penalty` is the answer; `early_stopping` is True,
+        False or "never". As many samples of a batch are taken as there are beams. Neither sampling nor stop strings go
+        with it.
     """
 
     prompt: str | Sequence[dict] | Sequence[int]
@@ -71,7 +72,7 @@ class Request:
                 raise EngineError(f"{name} is {value!r}, but num_beams is {self.num_beams}: beam search draws nothing")
         if self.stop:
             raise EngineError(
-                f"stop is {self.stop!r}, but num_beams is {self.num_beams}: hypotheses end by end tokens alone, cut the text "
+                f"stop is {self.stop!r}, but num_beams is {self.num_beams}: hypotheses end by end tokens alone, cut "
                 "afterwards"
             )
 

@@ -24,11 +24,12 @@ from mmopt.measure.statistics import Score
 from mmopt.measure.task import Task, quick
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
 from mmopt.pruning.methods import METHODS
+from mmopt.pruning.sites import PIXELS, RESIZE
 from mmopt.rewrite.pass_base import Pass, Report
 from mmopt.runtime.engine import Engine
 from mmopt.search import plan as plans
 from mmopt.search.flow_budget import within
-from mmopt.search.plan import PIXELS, RESIZE, check_methods, check_sites, compression, flow_steps, make_plan, passes_of
+from mmopt.search.plan import check_methods, check_sites, compression, flow_steps, make_plan, passes_of
 from mmopt.search.probe import LISTS, Runner, answering, chosen, compressed, first_token, flops, identity
 from mmopt.search.result import MET, NOT_MET, Candidate, Row, Search, compared, verdict
 from mmopt.search.trials import Trials

@@ -24,8 +24,8 @@ def optimize(
 
     With a `budget` of drift, a Program that paints then gets the plan of fewest passes that keeps it, measured on
     `prompts` (texts or ids, of the form that will be served); what was measured stands in the report. If no plan keeps
-    the budget, the nearest is taken and the report says so. With a budget of quality (`mmopt.QualityBudget`) the cheapest
-    compression of visual tokens is searched for that keeps the score on a task; see
+    the budget, the nearest is taken and the report says so. With a budget of quality (`mmopt.QualityBudget`) the
+    cheapest compression of visual tokens is searched for that keeps the score on a task; see
     `mmopt.search.budget.search_quality`.
 
     After each exact pass the Program is compared with the one before it on fresh random inputs at two sizes. `check`

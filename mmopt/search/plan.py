@@ -14,24 +14,23 @@ from mmopt.passes.reduce_flow_steps import ReduceFlowSteps
 from mmopt.pipeline import Observer, Result, default_passes, run_passes
 from mmopt.pruning.apply import find_sites
 from mmopt.pruning.methods import METHODS
+from mmopt.pruning.sites import RESIZE
 from mmopt.rewrite.pass_base import Pass
 from mmopt.spec.files import save_json
 from mmopt.spec.flow_plan import FlowPlan
-
-FORMAT = "mmopt-plan-1"
-
-PIXELS, RESIZE = "pixels", "resize"  # where images are scaled down and no rows are selected: a site, its method
+from mmopt.spec.schema import SCHEMA, check_schema
 
 COMPRESS, REDUCE = "compress_visual_tokens", "reduce_flow_steps"
 
 Plan = dict[str, Any]
 
-"""``{"format": FORMAT, "passes": [{"name": ..., and its arguments}], ...}``; what was asked for and measured may stand
-beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program into its engines."""
+"""``{"schema": SCHEMA, "passes": [{"name": ..., and its arguments}], ...}``; `budget` and `measured`, what was asked
+for and what was found, may stand beside it. All of it is JSON; in ``program.info.plan`` it goes along with a Program
+into its engines."""
 
 
 def make_plan(passes: Sequence[dict[str, Any]], **facts: Any) -> Plan:
-    return {"format": FORMAT, "passes": list(passes), **facts}
+    return {"schema": SCHEMA, "passes": list(passes), **facts}
 
 
 def compression(site: str, method: str, keep_ratio: float, position_ids: str = "keep") -> dict[str, Any]:
@@ -60,11 +59,11 @@ def read_plan(source: Plan | str | Path) -> Plan:
                 if "plan" not in given["info"]:
                     raise ValueError("this engine was made without a plan")
                 given = given["info"]["plan"]
-            return read_plan(given if isinstance(given, dict) else {"format": type(given).__name__})
+            check_schema(given, "a plan")
+            return read_plan(given)
         except ValueError as e:  # of JSON and of text that is none, too
             raise ValueError(f"{path}: {e}") from e
-    if source.get("format") != FORMAT:
-        raise ValueError(f"not a plan: expected an object with format {FORMAT!r}, found {source.get('format')!r}")
+    check_schema(source, "a plan", ("passes",), ("budget", "measured"))
     steps = source.get("passes")
     if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
         raise ValueError(f"not a plan: its passes are {steps!r}, expected a list of objects")

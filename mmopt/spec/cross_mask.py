@@ -1,6 +1,6 @@
 """Which images each row of a text sees, where images lie outside the text; on the host, needs no torch and no model.
 
-An image is one or more blocks of rows (tiles). TileView of a sample are numbered through, image by image.
+An image is one or more tiles, blocks of rows. Tiles of a sample are numbered through, image by image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CrossMask:
             self.now = self._image(before - 1)
 
     def _image(self, i: int) -> VisibleTiles:
-        """TileView of image i; a marker without an image sees none."""
+        """Tiles of image i; a marker without an image sees none."""
         first = i * self.cross.tiles
         return tuple(range(first, first + self.tiles[i])) if i < self.images else ()
 

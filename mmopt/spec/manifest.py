@@ -65,7 +65,7 @@ class PassInfo:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found when the directory was made: by the ONNX checker, beside the Program, by TensorRT. None: not done."""
+    """What was found when it was made: by the ONNX checker, beside the Program, by TensorRT; None if not done."""
 
     onnx: str | None = None
     program: str | None = None
@@ -74,7 +74,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An engine directory. weights: the files of weights, one of them the engine's own, others linked from a checkpoint.
+    """An engine directory. weights: the engine's own file, and those linked from a checkpoint.
 
     mmopt, versions: of what wrote it. target: "onnx" or "tensorrt". dtype: of the graphs (that of the model as it was
     loaded stands in info). state: values carried from call to call. tokenizer: a file, where there is one.
@@ -151,7 +151,7 @@ def read_directory(directory: Path, verify_checksums: bool = False) -> Manifest:
 
 
 def _older(data: dict[str, Any], directory: Path) -> str:
-    """What to do with a directory of an older schema: the line that makes it anew, with the options it was made with."""
+    """What to do with a directory of an older schema: the line that makes it anew, with its options."""
     said = data["info"] if isinstance(data.get("info"), dict) else {}
     options = {k: data.get(k) for k in ("target", "dtype")} | {k: said.get(k) for k in ("batch", "images", "context")}
     given = " ".join(f"--{k} {v}" for k, v in options.items() if v is not None)

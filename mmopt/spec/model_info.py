@@ -60,14 +60,14 @@ class ModelInfo:
 
     dtype: of its weights when it was loaded. image_id: stands in a prompt for an image, image_marker in a text.
     tokens_per_image: what one image takes in the cache; image_embed_width: of the rows that the image stages make.
-    batch, images, context: the most samples, images of a sample, and tokens of a cache. max_frames: of a video, None for
-    no limit. cross: images outside the text, None where they lie among it. flow: of models that generate images.
+    batch, images, context: the most samples, images of a sample, and tokens of a cache. max_frames: of a video, None
+    for no limit. cross: images outside the text, None where they lie among it. flow: of models that generate images.
 
     After visual tokens were pruned: position_delta positions of each image stay empty, cache_delta of its tokens are
     not in the caches of later layers, positions is how many the model has (None: as many as the cache has places).
-    cross_kv: what the language model reads of images outside the text, by name "key" or "value". full_precision_stages: dtype
-    -> stages that stay in float32; full_precision_values: inputs and outputs that do. plan: of the search that chose
-    the passes.
+    cross_kv: what the language model reads of images outside the text, by name "key" or "value".
+    full_precision_stages: dtype -> stages that stay in float32; full_precision_values: inputs and outputs
+    that do. plan: of the search that chose the passes.
     """
 
     family: str

@@ -322,11 +322,11 @@ def with_tokenizer(directory, into, program):
     """An engine with a tokenizer of letters, whatever the family's marks are."""
     out = shutil.copytree(directory, into)
     facts = json.loads((out / "program.json").read_text())
-    if facts["processing"]["tokenizer"] is None:
+    if facts["tokenizer"] is None:
         letters(program.info.vocab_size, {}).save(str(out / "tokenizer.json"))
-        facts["processing"]["tokenizer"] = "tokenizer.json"
+        facts["tokenizer"] = "tokenizer.json"
         marks = {"user": "Q:", "assistant": "A:", "separator": " ", "end": ".", "image": program.info.image_marker}
-        facts["processing"]["chat"] = marks
+        facts["info"]["processing"]["chat"] = marks
         (out / "program.json").write_text(json.dumps(facts))
     return out
 

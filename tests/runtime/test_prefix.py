@@ -369,13 +369,19 @@ BREAKS = {
     "header only": (lambda p: cut(p, 300), "cannot be read as a stored prefix"),
     "text": (lambda p: p.write_text("hello, this is no prefix"), "cannot be read as a stored prefix"),
     "a directory": (lambda p: (p.unlink(), p.mkdir()), "cannot be read as a stored prefix"),
-    "weights": (lambda p: save_file({"w": np.zeros(3)}, p), "not a prefix of schema 1, found None"),
-    "odd metadata": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}), "not a prefix of schema 1"),
+    "weights": (
+        lambda p: save_file({"w": np.zeros(3)}, p),
+        "not a stored prefix: expected an object of schema 2, found None",
+    ),
+    "odd metadata": (
+        lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "[1]"}),
+        "not a stored prefix: expected an object of schema 2, found 'list'",
+    ),
     "no json": (lambda p: save_file({"w": np.zeros(3)}, p, {"prefix": "{"}), "cannot be read as a stored prefix"),
-    "newer": (lambda p: with_metadata(p, schema=2), "not a prefix of schema 1, found 2"),
-    "no ids": (lambda p: with_metadata(p, ids=None), "not of the expected form"),
-    "no tiles": (lambda p: with_metadata(p, tiles=None), "not of the expected form"),
-    "no rows": (lambda p: with_metadata(p, rows=None), "not of the expected form"),
+    "newer": (lambda p: with_metadata(p, schema=3), "not a stored prefix: expected an object of schema 2, found 3"),
+    "no ids": (lambda p: with_metadata(p, ids=None), "not a stored prefix: lacks ids"),
+    "no tiles": (lambda p: with_metadata(p, tiles=None), "not a stored prefix: lacks tiles"),
+    "no rows": (lambda p: with_metadata(p, rows=None), "not a stored prefix: lacks rows"),
     "unknown dtype": (lambda p: with_metadata(p, dtype="int4"), "not of the expected form"),
     "no image": (lambda p: without(p, "image.0.rows"), "not of the expected form"),
     "a cache less": (lambda p: without(p, "cache.key_cache.1"), "not of the expected form"),
@@ -499,7 +505,7 @@ def test_wrong_prefixes(engine):
 def test_text(flamingo, begin, n, rest, m):
     shown = pictures(n + m)
     prefix = flamingo.prefix(begin, shown[:n])
-    whole = flamingo.generate(flamingo.text.encode(flamingo.with_markers(begin, shown[:n]) + rest), shown, **OPTIONS)
+    whole = flamingo.generate(flamingo.text.encode(flamingo._with_markers(begin, shown[:n]) + rest), shown, **OPTIONS)
     same(flamingo.generate(rest, shown[n:], prefix=prefix, **OPTIONS), whole)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 import toys
@@ -128,3 +130,12 @@ def test_the_schema_names_every_field():
     assert "info" in schema["$defs"]["Manifest"]["required"]
     assert schema["$ref"] == "#/$defs/Manifest"
     json.dumps(schema)
+
+
+def test_the_published_schema_is_that_of_the_types():
+    """MMOPT_WRITE_SNAPSHOTS=1 writes it anew: read the diff before you commit it."""
+    path = Path(__file__).parents[2] / "docs" / "program.schema.json"
+    made = json.dumps(typed_json.json_schema(Manifest), indent=1) + "\n"
+    if os.environ.get("MMOPT_WRITE_SNAPSHOTS"):
+        path.write_text(made)
+    assert path.read_text() == made

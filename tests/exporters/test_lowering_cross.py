@@ -11,6 +11,7 @@ import toys
 from sessions import session
 from torch import nn
 
+from mmopt.exporters import onnx as exporting
 from mmopt.exporters.compare import random_values, sizes_of
 from mmopt.exporters.emit import ExportError
 from mmopt.exporters.onnx import export
@@ -168,9 +169,9 @@ def test_masked(heads, kv_heads, d, scale, target, tmp_path):
 @pytest.fixture
 def sizes_of_segments(monkeypatch):
     """A trace has no sizes for segments: they come from rewriting a graph."""
-    from mmopt.frontend import trace as tracing
+    from mmopt.ir import capture
 
-    monkeypatch.setattr(tracing, "EXAMPLE", tracing.EXAMPLE | {"S": 6, "L": 8, "K": 9})
+    monkeypatch.setattr(capture, "EXAMPLE", capture.EXAMPLE | {"S": 6, "L": 8, "K": 9})
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -235,7 +236,7 @@ def test_comparison_reaches_wrong_segments(tmp_path, monkeypatch):
     for broken in (without_mask, lambda e, q, k, v, *rest: lower_onnxruntime.attend(e, q, v, k, *rest)):
         rules = lower_onnxruntime.RULES | {SEGMENT_ATTENTION: segment_attention(broken)}
         with monkeypatch.context() as m:
-            m.setattr(lower_onnxruntime, "RULES", rules)
+            m.setitem(exporting.TARGETS, "onnx", rules)
             with pytest.raises(ExportError, match="stage language_model, output logits at"):
                 export(program, tmp_path / "engine")
 

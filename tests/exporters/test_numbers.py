@@ -10,7 +10,7 @@ from sessions import session
 from mmopt.exporters import lower_onnxruntime
 from mmopt.exporters.compare import compare_with_program
 from mmopt.exporters.emit import ExportError
-from mmopt.exporters.onnx import export
+from mmopt.exporters.onnx import TARGETS, export
 from mmopt.ir.graph import aten
 from mmopt.spec.manifest import read_directory
 
@@ -113,17 +113,16 @@ def test_own_comparison_finds_a_wrong_graph(program, tmp_path, monkeypatch):
     def wrong(e, n):
         return e.op("Mul", lower_onnxruntime.linear(e, n), e.number(1.01, torch.float32))
 
-    monkeypatch.setitem(lower_onnxruntime.RULES, aten.linear.default, wrong)
+    rules = lower_onnxruntime.RULES | {aten.linear.default: wrong}
+    monkeypatch.setitem(TARGETS, "onnx", rules)
     with pytest.raises(ExportError, match=r"stage vision, output vision_rows at .*error"):
         export(program, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
 def test_checker_refusal_is_named(program, tmp_path, monkeypatch):
-    def wrong(e, n):
-        return e.op("NoSuchOperator", e.value(n.args[0]))
-
-    monkeypatch.setitem(lower_onnxruntime.RULES, aten.layer_norm.default, wrong)
+    rules = lower_onnxruntime.RULES | {aten.layer_norm.default: lambda e, n: e.op("NoSuchOperator", e.value(n.args[0]))}
+    monkeypatch.setitem(TARGETS, "onnx", rules)
     with pytest.raises(ExportError, match=r"vision\.onnx: the ONNX checker refuses it.*NoSuchOperator"):
         export(program, tmp_path / "engine")
 
@@ -132,7 +131,7 @@ def test_what_does_not_run_is_named(program, tmp_path, monkeypatch):
     def wrong(e, n):
         return e.op("Reshape", lower_onnxruntime.linear(e, n), e.ints([7, 7]))
 
-    monkeypatch.setitem(lower_onnxruntime.RULES, aten.linear.default, wrong)
+    monkeypatch.setitem(TARGETS, "onnx", lower_onnxruntime.RULES | {aten.linear.default: wrong})
     with pytest.raises(ExportError, match="stage vision: ONNX Runtime"):
         export(program, tmp_path / "engine")
 

@@ -40,7 +40,7 @@ class Chat:
         request = Request(messages, images, **options)
         if request.num_beams > 1:
             raise EngineError(
-                f"beams is {request.num_beams}, but a conversation goes on from its one lane of the cache"
+                f"num_beams is {request.num_beams}, but a conversation goes on from its one sequence in the cache"
             )
         job = self._prepare(request, self._images)
         answering = Stream(self._turn(self.messages, messages, job), job.answer)

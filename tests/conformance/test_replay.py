@@ -163,7 +163,7 @@ def test_a_run_that_fails_is_a_row_that_is_not_ok(monkeypatch):
     def broken(*args, **kw):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("mmopt.frontend.trace.trace", broken)
+    monkeypatch.setattr("mmopt.conformance.replay.trace", broken)
     found = verify(GOLDEN, [GOLDEN / "text_only.safetensors"])
     assert bad(found) == {("program", "run"), ("optimized", "run"), ("engine", "run")}
     assert any("no such kernel" in n["reason"] for n in found["not_compared"])

@@ -16,6 +16,7 @@ from torch import nn
 from mmopt.exporters import lower_attention
 from mmopt.exporters.onnx import export
 from mmopt.ir import ops
+from mmopt.ir.attention_args import CachedAttention
 from mmopt.runtime.engine import Engine
 from mmopt.search.optimize import optimize
 from mmopt.spec.solvers import make_plan
@@ -132,8 +133,12 @@ def test_masked_caches_in_half_precision(d, sloped, target, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_forgotten_mask_is_seen(mask, target, tmp_path, monkeypatch):
-    args = lower_attention.cached_attention_args
-    monkeypatch.setattr(lower_attention, "cached_attention_args", lambda n: (*args(n)[:-1], None))
+    class Forgetful:
+        @staticmethod
+        def of(n):
+            return CachedAttention.of(n)._replace(key_mask=None)
+
+    monkeypatch.setattr(lower_attention, "CachedAttention", Forgetful)
     program = cached(4, 2, 8)
     path = exported(program, tmp_path / "engine", target)
     with pytest.raises(AssertionError, match="not close"):

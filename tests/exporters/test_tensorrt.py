@@ -11,6 +11,7 @@ import toys
 from sessions import shaped
 
 from mmopt.exporters import lower_tensorrt, tensorrt
+from mmopt.exporters import onnx as exporter
 from mmopt.exporters.onnx import export
 from mmopt.exporters.tensorrt import GateError, check_engine, profiles
 from mmopt.frontend.trace import trace
@@ -107,7 +108,7 @@ def test_profiles():
 
 
 def test_without_tensorrt(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt, "available", lambda: False)
+    monkeypatch.setattr(exporter, "available", lambda: False)
     out = export(small, tmp_path / "engine", "tensorrt", check=False)
     said = json.loads((out / "program.json").read_text())["checked"]["tensorrt"]
     assert said.startswith("not checked")
@@ -119,10 +120,10 @@ def test_without_tensorrt(small, tmp_path, monkeypatch):
 
 def test_large_engines_are_parsed_not_built(small, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(tensorrt, "available", lambda: True)
-    monkeypatch.setattr(tensorrt, "check_stages", lambda directory, manifest, build, tell: built.append(build) or [])
+    monkeypatch.setattr(exporter, "available", lambda: True)
+    monkeypatch.setattr(exporter, "check_stages", lambda directory, manifest, build, tell: built.append(build) or [])
     export(small, tmp_path / "engine", "tensorrt", check=False)
-    monkeypatch.setattr(tensorrt, "MOST_BYTES_TO_BUILD", 1000)
+    monkeypatch.setattr(exporter, "MOST_BYTES_TO_BUILD", 1000)
     out = export(small, tmp_path / "engine", "tensorrt", check=False)
     assert built == [True, False]
     assert "too large to build" in json.loads((out / "program.json").read_text())["checked"]["tensorrt"]

@@ -160,9 +160,9 @@ def digits():
 def test_texts_are_read_as_an_engine_reads_them(digits, tmp_path):
     engine = Engine(export(digits, tmp_path / "engine", check=False))
     texts = ["a red 7 on blue", "a green 3"]
-    assert ids_of(digits, [*texts, [1, 2]]) == [*(engine._painting_ids(t) for t in texts), [1, 2]]
+    assert ids_of(digits, [*texts, [1, 2]]) == [*(engine._image_prompt_ids(t) for t in texts), [1, 2]]
     without = digits.copy()
-    without.info = replace(without.info, directory=str(tmp_path))
+    without.source = replace(without.source, directory=str(tmp_path))
     assert ids_of(without, [[1, 2]]) == [[1, 2]]
     with pytest.raises(ValueError, match="no such file, so prompts must be lists of ids"):
         ids_of(without, texts)

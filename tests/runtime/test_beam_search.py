@@ -192,7 +192,7 @@ def test_engine_equals_the_library_on_the_plain_model(engine, flamingo):
     reset, lengths = False, set()
     for beams, (penalty, early) in itertools.product((2, 3, 5), VARIANTS):
         expected = library(Table(logits), PROMPT, beams, LIMIT, (END,), penalty, early)
-        options = {"beams": beams, "length_penalty": penalty, "early_stopping": early}
+        options = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
         made = engine.generate(PROMPT, PICTURES, max_new_tokens=LIMIT, logprobs=True, **options)
         assert [tuple(h.ids) for h in made.hypotheses] == [ids for ids, _ in expected], options
         np.testing.assert_allclose([h.score for h in made.hypotheses], [s for _, s in expected], rtol=1e-4)
@@ -212,7 +212,7 @@ def test_one_beam_is_greedy(engine):
 
 
 def test_after_a_prefix(engine):
-    options = {"beams": 3, "length_penalty": 0.0, "max_new_tokens": LIMIT}
+    options = {"num_beams": 3, "length_penalty": 0.0, "max_new_tokens": LIMIT}
     alone = engine.generate(PROMPT, PICTURES, **options)
     prefix = engine.prefix(PROMPT[:5], PICTURES[:1])
     for _ in range(2):  # the second time in lanes that held beams
@@ -239,18 +239,18 @@ def test_to_exactly_the_last_slot(engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beams": 6}, "beams is 6, .* at most 5 samples at once"),
-        ({"beams": 0}, "beams is 0"),
-        ({"beams": 2.0}, "beams is 2.0"),
+        ({"num_beams": 6}, "num_beams is 6, .* at most 5 samples at once"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_beams": 2.0}, "num_beams is 2.0"),
         ({"length_penalty": "long"}, "length_penalty is 'long'"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
         ({"early_stopping": "always"}, "early_stopping is 'always'"),
-        ({"beams": 2, "temperature": 0.5}, "temperature is 0.5, but beams is 2"),
-        ({"beams": 2, "top_k": 4}, "top_k is 4, but beams is 2"),
-        ({"beams": 2, "top_p": 0.9}, "top_p is 0.9, but beams is 2"),
-        ({"beams": 2, "seed": 0}, "seed is 0, but beams is 2"),
-        ({"beams": 2, "stop": "."}, "stop is '.', but beams is 2"),
-        ({"beams": 2, "stream": True}, "cannot be streamed"),
+        ({"num_beams": 2, "temperature": 0.5}, "temperature is 0.5, but num_beams is 2"),
+        ({"num_beams": 2, "top_k": 4}, "top_k is 4, but num_beams is 2"),
+        ({"num_beams": 2, "top_p": 0.9}, "top_p is 0.9, but num_beams is 2"),
+        ({"num_beams": 2, "seed": 0}, "seed is 0, but num_beams is 2"),
+        ({"num_beams": 2, "stop": "."}, "stop is '.', but num_beams is 2"),
+        ({"num_beams": 2, "stream": True}, "cannot be streamed"),
     ],
 )
 def test_refused(engine, options, message):
@@ -259,7 +259,7 @@ def test_refused(engine, options, message):
 
 
 def test_a_conversation_has_no_beams(engine):
-    with pytest.raises(EngineError, match="beams is 2, but a conversation"):
+    with pytest.raises(EngineError, match="num_beams is 2, but a conversation"):
         engine.chat().send("a", num_beams=2)
 
 

@@ -1,6 +1,7 @@
 """Engines of compressed programs: the Program's numbers, whatever an engine does with images, caches and prefixes."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -63,7 +64,7 @@ def result(kind):
     m = model(family)
     m.tokenizer = m.tokenizer or (letters(60, {}).to_str() if family == "owl" else None)
     program = traced(family)
-    program.source.tokenizer = m.tokenizer
+    program.source = replace(program.source, tokenizer=m.tokenizer)
     return optimize(program, [CompressVisualTokens(keep, method, site), *default_passes()])
 
 

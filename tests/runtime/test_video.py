@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA as MPLUG_OWL2
+from toys import toy_info
 
 import mmopt
 from mmopt.exporters.onnx import export
@@ -17,6 +18,8 @@ from mmopt.frontend.trace import trace
 from mmopt.runtime.request import Request
 from mmopt.search.optimize import optimize
 from mmopt.spec.errors import EngineError
+from mmopt.spec.manifest import TensorInfo
+from mmopt.spec.model_info import Cross
 
 DATA = Path(__file__).parents[1] / "data" / "flamingo" / "openflamingo"
 CONFIG = json.loads((DATA / "config.json").read_text())
@@ -191,14 +194,8 @@ def test_families_without_videos_refuse_a_list_of_frames(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- the TensorRT gate
 def test_profiles_of_frames():
-    info = {
-        "batch": 1,
-        "images": 2,
-        "context": 64,
-        "tokens_per_image": 1,
-        "cross": {"blocks": 1, "rows": 8, "width": 32},
-    }
-    inputs = {"pixel_values": {"shape": ["N", "F", 3, 5, 5]}}
+    info = toy_info(batch=1, images=2, context=64, tokens_per_image=1, cross=Cross(1, 8, 32))
+    inputs = {"pixel_values": TensorInfo(("N", "F", 3, 5, 5), "float32")}
     (found,) = profiles(inputs, replace(info, max_frames=None))
     assert found["pixel_values"] == [(1, 1, 3, 5, 5), (1, 1, 3, 5, 5), (2, 8, 3, 5, 5)]
     (found,) = profiles(inputs, replace(info, max_frames=3))

@@ -568,7 +568,7 @@ def test_files_that_hold_no_plan(world, tmp_path):
 def test_a_program_that_paints_gets_both_parts_of_the_plan(world, monkeypatch):
     def within(result, budget, prompts):
         made = result.program.copy()
-        made.info = replace(made.info, flow={"plan": FLOW})
+        made.info = replace(made.info, flow=replace(made.info.flow, plan=FlowPlan.from_json(FLOW)))
         report = Report("reduce_flow_steps", "approximate", [f"for {prompts}"], checked="drift: mean 0.02")
         return Result(made, [*result.reports, report])
 

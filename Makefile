@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean
+.PHONY: check demo test lint docs clean
 
 # torch is pinned here only: an open range may pull a build for another device of several gigabytes.
 $(STAMP): pyproject.toml
@@ -23,6 +23,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mmopt passes exporters
+
+# Every-minute use: the tests of rooms that were changed, and of those that may import them.
+check: lint
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $$($(BIN)/python tests/changed.py)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,7 +1,7 @@
 """Prints the tests of rooms that were changed, and of rooms that may import them: ``python tests/changed.py [COMMIT]``.
 
-Changed is what differs from a commit (by default where the branch left main) or is not committed yet. A file that belongs
-to no room changes everything.
+Changed is what differs from a commit (by default where the branch left main) or is not committed yet. A file that
+belongs to no room changes everything.
 """
 
 import subprocess

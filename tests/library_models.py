@@ -79,12 +79,12 @@ def check_stages(model: Model, image_inputs: dict[str, torch.Tensor]) -> None:
             if name in stages:
                 values |= stages[name].run(weights, values)
         rows = module.encode_images(**image_inputs)
-        assert rows.shape[1:] == (cross.blocks, cross.rows, cross.width)
+        assert rows.shape[1:] == (cross.tiles, cross.tokens, cross.width)
         torch.testing.assert_close(values["image_rows"], rows, **CLOSE)
 
         batch, length, blocks = 2, 9, 3
         ids = torch.randint(0, c.vocab_size, (batch, length), generator=g)
-        media = torch.randn(batch, blocks, cross.rows, cross.width, generator=g)
+        media = torch.randn(batch, blocks, cross.tokens, cross.width, generator=g)
         seen = torch.rand(batch, length, blocks, generator=g) > 0.5
         attends = torch.rand(batch, length, generator=g) > 0.3
         sees = attends & (torch.rand(batch, length, generator=g) > 0.3)

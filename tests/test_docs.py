@@ -65,11 +65,11 @@ class Shared:
             return self.load(path, dtype, **options)
         return self.once("load", (path, dtype), options)
 
-    def once_trace(self, model, batch=1, images=1, context=None):
+    def once_trace(self, model, batch=1, images=1, context=None, progress=None):
         return self.once("trace", (model, batch, images, context), {}, ("trace", id(model), batch, images, context))
 
     def once_optimize(self, program, passes=None, check=None, observers=(), budget=None, prompts=()):
-        if passes is not None or budget is not None:
+        if passes is not None or budget is not None or observers:
             return self.optimize(program, passes, check, observers, budget, prompts)
         return self.once("optimize", (program,), {"check": check}, ("optimize", id(program), check))
 

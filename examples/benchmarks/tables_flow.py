@@ -25,7 +25,7 @@ def frontier(runs: Runs) -> list[str]:
             least = min(r["mean"] for r in own if r)
             cells = ["" if r is None else _drift(r, r["mean"] == least) for r in own]
             rows.append([str(steps), str(max(r["forwards"] for r in own if r)), *cells])
-        lines += table(["steps", "NFE", *solvers], rows)
+        lines += table(["steps", "forwards", *solvers], rows)
         fits = {n: f["errors"]["fitted"] for n, f in run["fits"].items()}
         each = [f"{n} steps {small(e['train']['mean'])}, {small(e['held_out']['mean'])}" for n, e in fits.items()]
         lines += [f"Fitted plans, on what they were fitted to and on what was held out: {'; '.join(each)}.", ""]
@@ -46,7 +46,7 @@ def quality(runs: Runs) -> list[str]:
             drift = "" if exact else f"{small(r['drift'])} ({small(r['p90'])})"
             found = ["" if exact else f"{r['psnr']:.1f}", f"{r['as_asked']:.2f}", f"{r['frechet']:.1f}"]
             rows.append([r["plan"], str(r["forwards"]), drift, *found])
-        lines += table(["plan", "NFE", "drift (90th percentile)", "PSNR, dB", "as asked", "Fréchet"], rows)
+        lines += table(["plan", "forwards", "drift (90th percentile)", "PSNR, dB", "as asked", "Fréchet"], rows)
     return lines
 
 

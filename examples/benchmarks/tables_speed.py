@@ -98,7 +98,7 @@ def image_generation(runs: Runs) -> list[str]:
             share = gemm_share(flops, r["min_ms"], run["limits"]) if flops else ""
             prompt = r["stage"].removeprefix("image, ")
             seconds = f"{r['min_ms'] / 1e3:.1f} ({r['median_ms'] / 1e3:.1f})"
-            rows.append([prompt, r["variant"], f"{plan['name']}, {plan['nfe']}", seconds, *over, share])
+            rows.append([prompt, r["variant"], f"{plan['name']}, {plan['forwards']}", seconds, *over, share])
         heads = ["", "engine", "solver, NFE", "s", "times as fast as official", "as prefix cached"]
         lines += table([*heads, "of GEMM rate"], rows)
     return lines

@@ -360,7 +360,7 @@ def record_painting(model, prompts, steps, guidance, side, seed=0):
     noise = torch.randn(len(prompts), flow.latents[0], side, side, generator=g)
     length, count = max(map(len, prompts)), len(prompts)
     tokens = torch.full((2 * count, length), 3)
-    mask = torch.ones(2 * count, length + flow.rows, dtype=torch.int32)
+    mask = torch.ones(2 * count, length + flow.tokens, dtype=torch.int32)
     for b, prompt in enumerate(prompts):
         lead = length - len(prompt)
         tokens[b, lead:], tokens[count + b, lead] = torch.tensor(prompt), prompt[0]

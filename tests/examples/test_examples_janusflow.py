@@ -90,7 +90,7 @@ def test_frechet_distance_of_normal_distributions():
 # -------------------------------------------------------------------------------------------------------- checkpoint
 def test_files_are_in_the_official_layout(model, prompts):
     c = model.config
-    assert (c.flow.latents, c.flow.rows, c.tokens_per_image) == ((4, 8, 8), 16, 17)
+    assert (c.flow.latents, c.flow.tokens, c.tokens_per_image) == ((4, 8, 8), 16, 17)
     assert (c.bos_token_id, c.eos_token_id) == (digits.BOS_ID, digits.EOS_ID)
     assert prompts.tokenizer.to_str() == digits.make_tokenizer().to_str()
     assert prompts.tokenizer.encode("a red 7").ids[0] == digits.BOS_ID

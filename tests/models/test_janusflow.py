@@ -402,7 +402,7 @@ def test_the_published_sizes():
     assert round(count["vae"] / 1e6, 2) == 83.65
     assert model.dtype == torch.bfloat16
     flow = model.config.flow
-    assert (flow.latents, flow.rows, flow.steps, flow.guidance) == ((4, 48, 48), 576, 30, 2.0)
+    assert (flow.latents, flow.tokens, flow.steps, flow.guidance) == ((4, 48, 48), 576, 30, 2.0)
     assert model.config.tokens_per_image == 577
     assert model.config.tower.blocks == 24
 
@@ -435,7 +435,7 @@ def test_the_size_of_a_picture():
     assert parse_config(raw()).latent_size == 48
     assert parse_config(raw(vae=vae)).latent_size == 16
     assert parse_config(raw(vae=vae | {"sample_size": 1024})).latent_size == 48
-    assert parse_config(raw(vae=vae, latent_size=20)).flow.rows == 100
+    assert parse_config(raw(vae=vae, latent_size=20)).flow.tokens == 100
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -59,7 +59,7 @@ KINDS = {
         "Image generation", (*ENGINE, *GENERATION), tables_speed.image_generation,
         "One image end to end in ONNX Runtime, its VAE included; minimum and, in brackets, median. `official` is "
         "the Program as traced: each step reads the prompt again, as the reference does (its cache is never "
-        "filled); `prefix cached` reads it once. NFE counts evaluations of the network, two for a guided step. "
+        "filled); `prefix cached` reads it once. Forwards: passes of the network, two for a guided step. "
         "Times as fast: of the minima, and the median of the rounds. Exact passes give the same image up to "
         "rounding; fewer steps drift, see below.",
     ),

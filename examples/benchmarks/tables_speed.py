@@ -99,7 +99,7 @@ def image_generation(runs: Runs) -> list[str]:
             prompt = r["stage"].removeprefix("image, ")
             seconds = f"{r['min_ms'] / 1e3:.1f} ({r['median_ms'] / 1e3:.1f})"
             rows.append([prompt, r["variant"], f"{plan['name']}, {plan['forwards']}", seconds, *over, share])
-        heads = ["", "engine", "solver, NFE", "s", "times as fast as official", "as prefix cached"]
+        heads = ["", "engine", "solver, forwards", "s", "times as fast as official", "as prefix cached"]
         lines += table([*heads, "of GEMM rate"], rows)
     return lines
 

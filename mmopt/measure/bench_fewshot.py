@@ -103,8 +103,8 @@ class _Bench:
             self.engines[name] = Engine(path, provider="cpu", threads=threads, cache_bytes=4 << 30)
         self.info = self.plain.info
         random = np.random.default_rng(0)
-        size = self.engines["passes on"].decoder.pixels.sizes()
-        self.pictures = list(random.integers(0, 256, (images, *size[-2:], 3), np.uint8))
+        size = self.engines["passes on"].decoder.pixels.sizes(-2)
+        self.pictures = list(random.integers(0, 256, (images, *size, 3), np.uint8))
         text = random.integers(3, min(self.info.vocab_size, self.info.image_id), SHOT * images).tolist()
         text[::SHOT] = [self.info.image_id] * images
         self.text, self.token = text, int(text[1])

@@ -24,6 +24,7 @@ from mmopt.pruning.apply import cost
 from mmopt.runtime.engine import Engine
 from mmopt.runtime.lru_cache import Store
 from mmopt.search.result import Candidate
+from mmopt.spec.schema import SCHEMA
 
 ROUNDS = 9  # in which the time to the first token is measured, of several in turn
 Runner = Callable[[Program], Engine | Program]
@@ -103,6 +104,7 @@ def identity(program: Program, task: Task, settings: Any) -> dict[str, str]:
     """Digests of the program, its weights among it, of the samples with their images, and of the settings."""
     score = getattr(task.score, "__qualname__", task.score)
     return {
+        "schema": str(SCHEMA),
         "program": digest(str(program), program.info.context, *sampled(program)),
         "task": digest(score, *(x for s in task.samples for x in content_of(s))),
         "settings": digest(settings),

@@ -23,8 +23,8 @@ class Trials:
     """Trials of candidates from a `space`; one of each list in `first` comes first, the rest as suggested.
 
     Wherever there is a choice of methods, keep ratios or position ids it is the same one. store: a file of an Optuna
-    journal, made if it is not there. facts: what the results depend on, name -> text. Raises ImportError without
-    Optuna, ValueError for a file of something else or of trials with other facts.
+    journal, made if it is not there. identity: what the results depend on, name -> text. Raises ImportError without
+    Optuna, ValueError for a file of something else or of trials with other identity.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Trials:
         first: Sequence[Sequence[Candidate]],
         seed: int,
         store: str | Path | None,
-        facts: dict[str, str],
+        identity: dict[str, str],
     ):
         try:
             import optuna
@@ -58,9 +58,9 @@ class Trials:
                 self.study = (optuna.load_study if known else optuna.create_study)(study_name=STUDY, storage=storage)
         given = self.study.user_attrs.get(FACTS)
         if given is None and not self.study.trials:
-            self.study.set_user_attr(FACTS, facts)
-        elif given != facts:
-            differ = [k for k in facts if not given or given.get(k) != facts[k]]
+            self.study.set_user_attr(FACTS, identity)
+        elif given != identity:
+            differ = [k for k in identity if not given or given.get(k) != identity[k]]
             raise ValueError(f"{store}: its trials are of another search, with other {' and '.join(differ)}")
 
     @contextmanager

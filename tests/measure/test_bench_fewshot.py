@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mmopt import from_config
 from mmopt.cli import app
+from mmopt.measure import baselines
 from mmopt.measure.bench_fewshot import ENGINES, EQUAL, bench_fewshot
 from mmopt.measure.tables import bench_plot, fewshot_text
 from mmopt.rewrite.contracts import ContractError
@@ -94,11 +95,7 @@ def test_variants_that_differ_are_not_timed(monkeypatch):
     import mmopt.ir.ops
 
     plain = mmopt.ir.ops._cross_attention
-    monkeypatch.setitem(
-        __import__("mmopt.measure.baselines").baselines.FUNCTIONS,
-        torch.ops.mmopt.cross_attention.default,
-        lambda *a: 2 * plain(*a),
-    )
+    monkeypatch.setitem(baselines.FUNCTIONS, torch.ops.mmopt.cross_attention.default, lambda *a: 2 * plain(*a))
     with pytest.raises(ContractError, match="differs from eager"):
         bench_fewshot(from_config("openflamingo-tiny", "float32", random=True), (1,), rounds=1, compiled=False)
 

@@ -449,7 +449,7 @@ def test_a_host_that_forgets_images_is_noticed(monkeypatch, key):
         made = real(before, after, info)
         return made | {key: made[key] * 0}
 
-    monkeypatch.setattr(mmopt.ir.program, "position_deltas", forgets)
+    monkeypatch.setattr("mmopt.ir.interpreter.position_deltas", forgets)
     program = compressed("janus", "encode_vision", 0.25, "uniform")
     assert (run(program, prompts, images) - wanted).abs().max() > FAR
 
@@ -521,29 +521,29 @@ def test_half_precision():
 def test_prompts_that_are_made_up_stay_within_the_table():
     """Of `inspect` and of the checks of passes."""
     program = compressed("janus", "encode_vision", 0.25, "uniform")
-    info = {**program.info, "positions": 50}
+    info = replace(program.info, positions=50)
     for images, text in ((1, 33), (2, 16)):
         prompt = typical_prompt(info, images)
         assert len(prompt) - images == text
-        planning.plan([prompt], info, 1)
+        planning.layout_prompts([prompt], info, 1)
     with pytest.raises(ValueError, match="3 images take"):
         typical_prompt(info, 3)
     few = program.copy()
     few.info = replace(few.info, positions=30)
     prompts = random_inputs(few, 1, 0)["prompts"]
     assert [p.count(program.info.image_id) for p in prompts] == [1, 0, 1]
-    planning.plan(prompts, few.info, 3)
+    planning.layout_prompts(prompts, few.info, 3)
 
 
 def test_positions_beyond_the_table():
     program = compressed("janus", "encode_vision", 0.25, "uniform")
     assert program.info.positions == 90
     assert program.info.position_delta == 12
-    info = {**program.info, "positions": 30}
+    info = replace(program.info, positions=30)
     (prompt,) = ids_of("janus", [(3, I, 4)])  # 7 ids and 17 positions
-    planning.plan([prompt], info, 7)
+    planning.layout_prompts([prompt], info, 7)
     with pytest.raises(ValueError, match=r"prompt 0 reaches position 31, .* the model has 30; renumber positions"):
-        planning.plan([prompt], info, 8)
+        planning.layout_prompts([prompt], info, 8)
 
 
 def test_errors_name_the_pass():

@@ -135,13 +135,13 @@ def test_fitted_plans_go_along_with_the_engine(first_run):
 def test_wrong_latents_are_noticed(tmp_path, monkeypatch, off):
     paint = mmopt.Engine.generate_images
 
-    def wrong(self, prompts, steps, **options):
-        made = paint(self, prompts, steps, **options)
+    def wrong(self, prompts, steps=None, **options):
+        made = paint(self, prompts, steps=steps, **options)
         latents = made.latents.copy()
         latents[-1, 0, 3, 3] += off if steps == 30 else 0
         return replace(made, latents=latents)
 
-    monkeypatch.setattr(mmopt.Engine, "paint", wrong)
+    monkeypatch.setattr(mmopt.Engine, "generate_images", wrong)
     with pytest.raises(SystemExit, match=r"the engine differs from the model: 0 answers, latents by up to (2\.0|nan)"):
         run(tmp_path, 2, 2)
 

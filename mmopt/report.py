@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmopt.spec.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -48,7 +50,5 @@ def png_figure(path: str | Path, size: tuple[float, float]) -> Figure:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.rename(path)
+    """Write a figure, whole or not at all."""
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=120))

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import mmopt
 from mmopt.ir.inspect import inspect
-from mmopt.measure.head import SCHEMA, head
+from mmopt.measure.head import head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.measure.variants import STAGES, EngineStages
@@ -37,6 +37,7 @@ from mmopt.report import number
 from mmopt.rewrite.contracts import ContractError, difference
 from mmopt.spec.files import save_json
 from mmopt.spec.flow_sampler import draw_noise, plan_of
+from mmopt.spec.schema import SCHEMA
 
 KINDS = {
     "rows": ("drop_unread_rows", "split_rows", "rejoin_rows"),

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import mmopt
 from mmopt.ir.inspect import inspect, typical_prompt
-from mmopt.measure.head import SCHEMA, conditions_text, head
+from mmopt.measure.head import conditions_text, head
 from mmopt.measure.ratios import spread
 from mmopt.measure.roofline import in_rounds, summary
 from mmopt.measure.variants import EngineStages, Inputs
@@ -36,6 +36,7 @@ from mmopt.pruning.sites import PIXELS, PruneSite, image_stages
 from mmopt.report import number, png_figure, save_png
 from mmopt.rewrite.contracts import difference
 from mmopt.spec.files import save_json
+from mmopt.spec.schema import SCHEMA
 
 CONFIGS = ("mplug-owl2-mid", "openflamingo-mid", "janusflow-mid")
 KEEP_RATIOS = (0.5, 0.25, 0.125)

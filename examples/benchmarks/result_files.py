@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmopt.measure.head import KEYS, SCHEMA
+from mmopt.measure.head import KEYS
+from mmopt.spec.schema import SCHEMA
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.measure.head import SCHEMA, head
+from mmopt.measure.head import head
 from mmopt.spec.files import save_json
+from mmopt.spec.schema import SCHEMA
 
 WAYS = ("spin on", "stop")
 

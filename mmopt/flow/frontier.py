@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from mmopt.flow.reference import Reference, relative_errors
 from mmopt.report import png_figure, save_png
+from mmopt.spec.files import save_json
 from mmopt.spec.flow_plan import FlowPlan, Velocity, solve
 from mmopt.spec.solvers import SOLVERS, make_plan
 
@@ -184,12 +184,8 @@ def frontier_text(rows: Sequence[Row]) -> str:
 
 def frontier_json(rows: Sequence[Row], path: str | Path, **facts: Any) -> None:
     """Write the rows, and any facts about how they were measured, as a JSON file."""
-    path = Path(path)
     best = {id(r) for r in undominated(rows)}
-    data = facts | {"rows": [r.to_json() | {"best": id(r) in best} for r in rows]}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    save_json(facts | {"rows": [r.to_json() | {"best": id(r) in best} for r in rows]}, path)
 
 
 def frontier_plot(rows: Sequence[Row], path: str | Path) -> None:

@@ -14,7 +14,7 @@ from mmopt.ir.stage import Stage
 from mmopt.spec.cross_mask import CrossMask, VisibleTiles, gather, seen_inputs, segment_inputs, segments
 from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.prompt import Chunk, layout_prompts, position_deltas
-from mmopt.spec.schedule import Call, Loop
+from mmopt.spec.schedule import Call, Loop, Schedule
 
 Observer = Callable[[str, Call, dict[str, Tensor], Chunk | None], None]
 
@@ -24,7 +24,7 @@ class Interpreter:
     """Follows the schedule of a Program that answers, stage by stage; the fields are those of the Program."""
 
     stages: dict[str, Stage]
-    schedule: tuple[Call | Loop, ...]
+    schedule: Schedule
     weights: dict[str, Tensor]
     state: dict[str, tuple[tuple, torch.dtype]]
     info: ModelInfo
@@ -174,7 +174,7 @@ class Media:
     def __init__(
         self,
         stages: dict[str, Stage],
-        schedule: tuple[Call | Loop, ...],
+        schedule: Schedule,
         info: ModelInfo,
         chunks: list[Chunk],
         before: list[int] | None,
@@ -191,11 +191,11 @@ class Media:
                 )
             )
         self.most = max(1, *(len(i) * self.blocks for i in self.of_sample))
-        self.apart = {"media"}  # values with a row for each sample that hold its blocks, not carried by a loop
-        for call in (i for i in schedule if not hasattr(i, "body")):
-            if self.apart & {v for n in stages[call.stage].inputs for v in call.sources(n)}:
-                self.apart |= {call.target(n) for n in stages[call.stage].outputs}
-        looped = {c.stage for i in schedule if hasattr(i, "body") for c in i.body}
+        # values with a row for each sample that hold its blocks, not carried by a loop
+        _, self.apart = schedule.sample_calls(
+            {k: s.inputs for k, s in stages.items()}, {k: s.outputs for k, s in stages.items()}
+        )
+        looped = {c.stage for i in schedule if isinstance(i, Loop) for c in i.body}
         self.masked = any(self.apart & set(stages[name].inputs) for name in looped)  # over all blocks
         self.segmented: dict[str, str] = self.info.cross_kv
 

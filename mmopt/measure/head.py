@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+from mmopt.spec.schema import SCHEMA
+
 NOT_RECORDED = "not recorded"
 KEYS = ("schema", "kind", "date", "commit", "machine", "threads", "dtype", "versions", "command")
 DIRTY = "-dirty"

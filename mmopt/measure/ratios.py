@@ -41,8 +41,10 @@ def ratios_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def work_of(program: Program, inputs: Inputs, new_tokens: int) -> dict[str, dict[str, int]]:
     """FLOPs, bytes of weights and of cache rows read in one run of each stage of an optimized Program."""
     lead, text = inputs.leading, len(inputs.ids)
-    calls = [c.stage for c in program.schedules.text if not hasattr(c, "body")]
-    body = [c.stage for loop in program.schedules.text if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
+    schedule = program.schedules.text
+    assert schedule.prefill is not None
+    calls = [c.stage for c in schedule.encode_calls]
+    body = [c.stage for c in schedule.prefill.body]
     chunks = [(0, lead, 0), (inputs.image_rows, text - lead, lead)]
 
     def language(nv: int, nt: int, past: int) -> list:

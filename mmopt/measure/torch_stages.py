@@ -63,8 +63,10 @@ class TorchStages:
         chunks = [(0, inputs.ids[:lead], 0, 0), (inputs.image_rows, inputs.ids[lead:], lead, 0)]
         if routing is not None:
             chunks = [(inputs.image_rows, inputs.ids, 0, lead)]
-        encode = [c.stage for c in program.schedules.text if not hasattr(c, "body")]
-        body = [c.stage for loop in program.schedules.text if getattr(loop, "over", None) for c in loop.body]  # type: ignore[union-attr]
+        schedule = program.schedules.text
+        assert schedule.prefill is not None
+        encode = [c.stage for c in schedule.encode_calls]
+        body = [c.stage for c in schedule.prefill.body]
         self.steps: dict[str, list[Step]] = {
             "encode": [self._step(program, s, {"N": 1}, {}, shared) for s in encode],
             "prefill": [self._chunk(program, s, c, shared, routing) for c in chunks for s in body],

@@ -12,7 +12,7 @@ from mmopt.runtime.decoder import Decoder, LiveSequence
 from mmopt.runtime.kv_cache import Cache
 from mmopt.runtime.request import Request, RequestState
 from mmopt.runtime.tensor import Tensor
-from mmopt.spec.errors import EngineError, _engine_errors
+from mmopt.spec.errors import EngineError, engine_errors
 from mmopt.spec.model_info import ModelInfo
 from mmopt.spec.prompt import layout_prompts
 
@@ -79,7 +79,7 @@ class DebugEngine:
         """
         a = IdsRequest(prompts, pixel_values, **fields)
         info, decoder = self.info, self.decoder
-        with _engine_errors():
+        with engine_errors():
             layout_prompts(prompts, info, a.max_new_tokens, a.images)
         if a.forced is not None and np.shape(a.forced) != (len(prompts), a.max_new_tokens):
             raise EngineError(f"forced has shape {np.shape(a.forced)}, expected ({len(prompts)}, {a.max_new_tokens})")

@@ -106,12 +106,10 @@ class Decoder:
             list(self.stages.values())
         self.cross, self.segmented = self.info.cross, self.info.cross_kv
         listed = manifest.stages
-        self._look_calls = schedule.sample_calls(
+        self._look_calls, apart = schedule.sample_calls(
             {k: s.inputs for k, s in listed.items()}, {k: s.outputs for k, s in listed.items()}
         )
         self._encode_calls = tuple(c for c in schedule.encode_calls if c not in self._look_calls)
-        apart = {"media"} if self.cross else set()
-        apart |= {c.target(k) for c in self._look_calls for k in listed[c.stage].outputs}
         self.pixels = next(s.inputs["pixel_values"] for s in listed.values() if "pixel_values" in s.inputs)
         self.takes_frames = self.pixels.shape[1] == "F"
         self.whole = [k for k in self.language.inputs if k in apart]  # read with all tiles of all images

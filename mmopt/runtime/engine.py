@@ -24,7 +24,7 @@ from mmopt.runtime.prefix import Prefix, fingerprint, read
 from mmopt.runtime.request import Completion, Request, RequestState, Stream
 from mmopt.runtime.session import available_providers, choose_provider, default_threads
 from mmopt.runtime.tensor import Tensor
-from mmopt.spec.errors import EngineError, _engine_errors
+from mmopt.spec.errors import EngineError, engine_errors
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.flow_sampler import choose_plan, draw_noise
 from mmopt.spec.manifest import read_directory
@@ -60,7 +60,7 @@ class Engine:
         self.dtype, self.info, self.target = manifest.dtype, manifest.info, manifest.target
         self.provider = choose_provider(provider, self.dtype)
         self.threads = threads or default_threads()
-        with _engine_errors(f"{self.directory / 'program.json'}: "):
+        with engine_errors(f"{self.directory / 'program.json'}: "):
             self.image_processor = processor_of(self.info.processing.image)
             self.template = ChatTemplate.from_json(self.info.processing.chat)
         self._text = self._read_tokenizer(manifest.tokenizer)
@@ -159,7 +159,7 @@ class Engine:
             raise EngineError(f"n is {n}, expected at least 1")
         single = isinstance(prompt, str) or isinstance(prompt[0], int | np.integer)
         prompts: Sequence[Any] = [prompt] if single else prompt  # type: ignore[assignment,list-item]
-        with _engine_errors():
+        with engine_errors():
             ids = [self._image_prompt_ids(p) for p in prompts for _ in range(n)]
             plan = choose_plan(solver, steps, guidance, self.info)
             if noise is None:
@@ -180,11 +180,11 @@ class Engine:
         is the beginning of the user's message, with a marker for each image; the query is the rest of it. It is kept
         (`cache_bytes`), so that the same prefix is read once; `Prefix.save` and `load_prefix` keep it in a file.
         """
-        with _engine_errors("the prefix is neither text nor token ids: "):
+        with engine_errors("the prefix is neither text nor token ids: "):
             text = self.template.begin(self._with_markers(prompt, images)) if isinstance(prompt, str) else None
             ids = [int(t) for t in prompt] if text is None else self.text.encode(text)
         self._count_images(ids, len(images))
-        with _engine_errors():
+        with engine_errors():
             layout_prompts([ids], self.info, 1)
         ready, keys = self._ready(images)
         key = ("prefix", tuple(ids), tuple(keys), text)
@@ -229,7 +229,7 @@ class Engine:
             if _is_video(x):
                 self._check_frames(len(x), f"image {i}")
         flat = [frame for x in listed for frame in (x if _is_video(x) else [x])]
-        with _engine_errors():
+        with engine_errors():
             made = self.image_processor(flat if listed else images)
         inputs = dict(made) if isinstance(made, dict) else {"pixel_values": made}
         tiles, pixels = inputs.pop("tiles", None), inputs.pop("pixel_values")
@@ -259,7 +259,7 @@ class Engine:
         elif len(request.prompt) and isinstance(request.prompt[0], dict):
             ids = self._render(request.prompt)
         else:
-            with _engine_errors("the prompt is neither text nor messages nor token ids: "):
+            with engine_errors("the prompt is neither text nor messages nor token ids: "):
                 ids = [int(t) for t in request.prompt]  # type: ignore[arg-type]
         if request.num_beams > self.info.batch:
             raise EngineError(
@@ -272,7 +272,7 @@ class Engine:
         gone = empty_positions(ids, self.info) + (empty_positions(start.ids, self.info) if start else 0)
         most = self.info.context if self.info.positions is None else self.info.positions - gone  # tokens with positions
         limit = request.max_new_tokens or max(1, min(self.info.context, most) - rows + 1)
-        with _engine_errors():
+        with engine_errors():
             layout_prompts([ids], self.info, limit)
         if self.info.positions is not None and rows + limit - 1 > most:
             raise EngineError(
@@ -300,10 +300,10 @@ class Engine:
         It is encoded behind the text of the prefix, as in one go, unless that would change the last ids of the prefix.
         """
         if not isinstance(request.prompt, str):
-            with _engine_errors("after a prefix the prompt must be text or token ids: "):
+            with engine_errors("after a prefix the prompt must be text or token ids: "):
                 return [int(t) for t in request.prompt]  # type: ignore[arg-type]
         rest = self.template.go_on(self._with_markers(request.prompt, request.images))
-        with _engine_errors():
+        with engine_errors():
             if start.text is not None:
                 whole = self.text.encode(start.text + rest)
                 if whole[: len(start.ids)] == list(start.ids):
@@ -336,7 +336,7 @@ class Engine:
         return text if found else marker * len(images) + text
 
     def _render(self, messages: Any) -> list[int]:
-        with _engine_errors():
+        with engine_errors():
             return self.text.encode(self.template.render(messages))
 
     def _count_images(self, ids: Sequence[int], given: int) -> None:
@@ -353,7 +353,7 @@ class Engine:
     def _read_tokenizer(self, name: str | None) -> TextProcessor | None:
         if name is None:
             return None
-        with _engine_errors():
+        with engine_errors():
             return TextProcessor.of_model(self.directory / name, self.info, self.template)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import numpy as np
 from mmopt.runtime.cache_layout import CacheLayout
 from mmopt.runtime.images import Image, SequenceImages
 from mmopt.runtime.tensor import Tensor, to_bits
-from mmopt.spec.errors import EngineError, _engine_errors
+from mmopt.spec.errors import EngineError, engine_errors
+from mmopt.spec.files import write_whole
 from mmopt.spec.manifest import Manifest
 from mmopt.spec.prompt import count_tokens
 from mmopt.spec.schema import SCHEMA, check_schema
@@ -58,15 +56,11 @@ class Prefix:
             "schema": SCHEMA, "made_for": self.made_for, "ids": self.ids, "rows": self.rows, "dtype": self.dtype,
             "tiles": [i.tiles for i in self.images], "text": self.text,
         }  # fmt: skip
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
+        arrays, metadata = {k: np.ascontiguousarray(x) for k, x in tensors.items()}, {"prefix": json.dumps(said)}
         try:
-            save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, partial, {"prefix": json.dumps(said)})
-            partial.replace(path)
+            write_whole(path, lambda partial: save_file(arrays, partial, metadata))
         except (OSError, SafetensorError) as e:
             raise EngineError(f"{path}: cannot be written ({e})") from e
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
         return path
 
 
@@ -89,7 +83,7 @@ def read(path: str | Path, layout: CacheLayout, made_for: str) -> Prefix:
     try:
         with safe_open(path, "np") as f:
             said = json.loads((f.metadata() or {}).get("prefix", "{}"))
-            with _engine_errors(f"{path}: "):
+            with engine_errors(f"{path}: "):
                 check_schema(said, "a stored prefix", ("made_for", "ids", "rows", "dtype", "tiles"), ("text",))
             if said["made_for"] != made_for:
                 raise EngineError(f"{path}: made for another engine (or for this one before it was exported again)")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def _engine_errors(where: str = "") -> Iterator[None]:
+def engine_errors(where: str = "") -> Iterator[None]:
     """What is wrong with a request or a directory is told as EngineError."""
     try:
         yield

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmopt.spec.flow_plan import FlowPlan
 from mmopt.spec.model_info import Flow, ModelInfo
-from mmopt.spec.schedule import table_of
+from mmopt.spec.schedule import Loop, table_of
 from mmopt.spec.solvers import make_plan
 
 STEPS = 10  # evaluations by default: AB2 or a fitted plan
@@ -110,7 +110,7 @@ class FlowSampler:
         """The latents at the end of the schedule, from float32 noise ``[G, c, h, w]``."""
         self.values["latents"] = noise
         for item in self.schedule:
-            if hasattr(item, "body"):
+            if isinstance(item, Loop):
                 self._steps(item, noise)
             else:
                 self.call(item)

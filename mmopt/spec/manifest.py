@@ -106,7 +106,7 @@ class Manifest:
     def from_json(data: Any) -> Manifest:
         """Raises ValueError that names a field which is missing, unknown or of another type."""
         check_schema(data, "an engine directory")
-        return typed_json._read_dataclass(Manifest, data, "")
+        return typed_json.read_dataclass(Manifest, data, "")
 
     def save(self, directory: Path) -> None:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)

@@ -107,17 +107,18 @@ class Schedule(tuple[Call | Loop, ...]):
 
     def sample_calls(
         self, inputs: Mapping[str, Iterable[str]], outputs: Mapping[str, Iterable[str]]
-    ) -> tuple[Call, ...]:
-        """Those of the calls outside loops that read all images of a sample (``media``), not one image alone.
+    ) -> tuple[tuple[Call, ...], set[str]]:
+        """Those of the calls outside loops that read all images of a sample, not one image alone; and their values.
 
-        inputs, outputs: names of what each stage reads and makes.
+        These are ``media``, the images of a sample, and what is made of it. inputs, outputs: names of what each stage
+        reads and makes.
         """
         made, found = {"media"}, []
         for call in self.encode_calls:
             if made & {s for name in inputs[call.stage] for s in call.sources(name)}:
                 made |= {call.target(name) for name in outputs[call.stage]}
                 found.append(call)
-        return tuple(found)
+        return tuple(found), made
 
     def to_json(self) -> list[dict[str, Any]]:
         return [_to_json(i) for i in self]

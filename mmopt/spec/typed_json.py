@@ -51,7 +51,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{where}: {e}") from e
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, data, where)
+        return read_dataclass(kind, data, where)
     if origin is dict:
         _expect(isinstance(data, dict), "an object", data, where)
         return {k: _read(args[1], v, f"{where}.{k}" if where else k) for k, v in data.items()}
@@ -86,7 +86,8 @@ def _read_union(kinds: tuple, data: Any, where: str) -> Any:
     _expect(False, " or ".join(SIMPLE.get(k, getattr(k, "__name__", str(k))) for k in real), data, where)
 
 
-def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+def read_dataclass(kind: Any, data: Any, where: str) -> Any:
+    """`from_json` by the fields, for a class whose own `from_json` looks at something else first."""
     _expect(isinstance(data, dict), "an object", data, where)
     fields, hints = {f.name: f for f in dataclasses.fields(kind)}, hints_of(kind)
     place = f"{where}: " if where else ""

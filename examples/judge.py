@@ -107,10 +107,10 @@ def train(archive: Path, steps: int, seed: int) -> None:
     net, rng, began = Judge(), np.random.default_rng(seed), time.monotonic()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    real = pictures.generate_images(*pictures.mnist(archive, "test"), np.random.default_rng(1))
+    real = pictures.paint(*pictures.mnist(archive, "test"), np.random.default_rng(1))
     for step in range(1, steps + 1):
         i = rng.integers(len(digits), size=BATCH)
-        shown = pictures.generate_images(digits[i], labels[i], rng)
+        shown = pictures.paint(digits[i], labels[i], rng)
         down, right = rng.integers(-1, 2, size=2)
         _, logits = net(torch.roll(normalised(shown.pixels), (int(down), int(right)), (2, 3)))
         wanted = [torch.from_numpy(getattr(shown, name)) for name in PARTS]

@@ -58,9 +58,7 @@ def train(archive: Path, steps: int, seed: int) -> AutoencoderKL:
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps, 100)
         i = rng.integers(len(digits), size=BATCH)
-        x = normalised(pictures.generate_images(digits[i], labels[i], rng).pixels).contiguous(
-            memory_format=torch.channels_last
-        )
+        x = normalised(pictures.paint(digits[i], labels[i], rng).pixels).contiguous(memory_format=torch.channels_last)
         mean, logvar = vae.encode(x)
         off = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)) - x
         weight = 1 + STROKE_WEIGHT * torch.from_numpy(pictures.strokes(digits[i]))[:, None]
@@ -100,7 +98,7 @@ def evaluate(archive: Path, out: Path, n: int = 2000) -> None:
     """The saved file, computed in float32, on the first `n` test pictures."""
     vae = load_autoencoder(out, torch.float32)
     digits, labels = pictures.mnist(archive, "test")
-    shown = pictures.generate_images(digits[:n], labels[:n], np.random.default_rng(1))
+    shown = pictures.paint(digits[:n], labels[:n], np.random.default_rng(1))
     x = normalised(shown.pixels)
     made = torch.cat([vae.image_of(vae.latents_of(part)) for part in x.split(500)])
     each = psnr(made.clamp(-1, 1), x)
@@ -124,9 +122,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not args.evaluate:
         vae = train(args.archive, args.steps, args.seed)
-        mean, _ = moments(
-            vae, pictures.generate_images(*pictures.mnist(args.archive, "train"), np.random.default_rng(2))
-        )
+        mean, _ = moments(vae, pictures.paint(*pictures.mnist(args.archive, "train"), np.random.default_rng(2)))
         save_autoencoder(vae, round(1 / mean.std().item(), 4), args.out)  # latents of deviation 1
     evaluate(args.archive, args.out)
 

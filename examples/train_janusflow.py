@@ -115,7 +115,7 @@ def train_tower(tower: nn.Module, head: nn.Module, archive: Path, steps: int, se
         for group in optimizer.param_groups:
             group["lr"] = TOWER_RATE * rate(step, steps, 200)
         i = rng.integers(len(grey), size=TOWER_BATCH)
-        shown = pictures.generate_images(grey[i], labels[i], rng)
+        shown = pictures.paint(grey[i], labels[i], rng)
         digit, fg, bg = naming_losses(head, tower(moved(shown, rng)), shown)
         optimizer.zero_grad()
         (2 * digit + fg + bg).backward()
@@ -196,7 +196,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
         losses.append(loss.item())
         if step % READ_EVERY == 0:
             i = rng.integers(len(grey), size=READ // args.workers)
-            shown = pictures.generate_images(grey[i], labels[i], rng)
+            shown = pictures.paint(grey[i], labels[i], rng)
             features = tower(moved(shown, rng))
             first = module.beg_of_und_embed.expand(len(features), 1, -1)
             rows = torch.cat([first, module.vision_und_enc_aligner(features)], dim=1)
@@ -252,7 +252,7 @@ def evaluate(archive: Path, out: Path) -> None:
     """The saved files, computed in float32, by the plain sampler and plain passes."""
     module = checkpoint.load(out, dtype="float32").module
     prompts, test = Prompts(digits.make_tokenizer()), pictures.mnist(archive, "test")
-    shown = pictures.generate_images(test[0][:1000], test[1][:1000], np.random.default_rng(1))
+    shown = pictures.paint(test[0][:1000], test[1][:1000], np.random.default_rng(1))
     for name, blind, system in (("", None, True), (", no system prompt", None, False)):
         print(f"reads 1000 test pictures{name}: {digits.answers(module, prompts, shown, blind, system)}", flush=True)
     for blind in ("grey", "another"):
@@ -285,7 +285,7 @@ def main() -> None:
         train_tower(tower, head, args.archive, args.tower_steps, args.seed)
         torch.save({"tower": tower.state_dict(), "head": head.state_dict()}, args.work / "tower.pt")
         vae = load_autoencoder(args.out / "vae", torch.float32)
-        shown = pictures.generate_images(*pictures.mnist(args.archive, "train"), np.random.default_rng(2))
+        shown = pictures.paint(*pictures.mnist(args.archive, "train"), np.random.default_rng(2))
         mean, deviation = (x * vae.config.scaling_factor for x in moments(vae, shown))
         colours = {"fg": torch.from_numpy(shown.fg), "bg": torch.from_numpy(shown.bg)}
         torch.save({"mean": mean.half(), "deviation": deviation.half(), **colours}, args.work / "latents.pt")

@@ -45,7 +45,7 @@ def library_model(model, directory: Path):
 def draw(engine, images: int, text: int):
     """(ids, what the image stages take, tiles of each image or None) of one random prompt."""
     g, info = np.random.default_rng(0), engine.info
-    shape = engine.decoder.pixels["shape"][1:]
+    shape = engine.decoder.pixels.shape[1:]
     ids = g.integers(3, min(info.vocab_size, info.image_id) - 2, text).tolist()
     for i in range(images):
         ids[1 + i * (text // max(images, 1))] = info.image_id

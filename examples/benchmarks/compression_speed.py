@@ -81,10 +81,10 @@ def early(sites: Sequence[PruneSite], stage: str, share: float) -> str:
 
 def inputs_of(engine: mmopt.Engine) -> Inputs:
     """A random image, the random text of the typical prompt after it, and one more token."""
-    info, shape, random = engine.info, engine.decoder.pixels["shape"], np.random.default_rng(0)
+    info, random = engine.info, np.random.default_rng(0)
     most = info.image_id if 0 < info.image_id < info.vocab_size else info.vocab_size
     ids = random.integers(3, most, len(typical_prompt(info, 1, 0))).tolist()
-    pixels = random.standard_normal((1, *shape[-3:]), np.float32)
+    pixels = random.standard_normal((1, *engine.decoder.pixels.sizes(-3)), np.float32)
     pixels = pixels[:, None] if engine.decoder.takes_frames else pixels
     return Inputs(pixels, ids[:-1], 0, info.tokens_per_image, ids[-1])
 

@@ -30,7 +30,7 @@ def measure(directory: Path, shots: list[int], rounds: int, threads: int) -> dic
     """Milliseconds of a token in each round (the fastest and the middle one), by number of shots and engine."""
     engines = {n: Engine(directory / n, provider="cpu", threads=threads) for n in NAMES}
     random, made = np.random.default_rng(0), {}
-    pixels = random.standard_normal((1, *engines["on"].decoder.pixels["shape"][2:]), np.float32)
+    pixels = random.standard_normal((1, *engines["on"].decoder.pixels.sizes(2)), np.float32)
     images = {n: e.decoder.image(e.encode_images(pixels)) for n, e in engines.items()}
     for k in shots:
         n = SHOT * (k + 1)

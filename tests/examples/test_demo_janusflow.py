@@ -125,9 +125,9 @@ def test_contact_sheet(first_run):
 
 def test_fitted_plans_go_along_with_the_engine(first_run):
     _, (_, engine), _ = first_run
-    plans = [mmopt.FlowPlan.from_json(p) for p in engine.info.flow.plans]
+    plans = engine.info.flow.plans
     assert [(p.evaluations, p.forwards, p.name) for p in plans] == [(10, 20, "fitted"), (8, 16, "fitted")]
-    assert mmopt.FlowPlan.from_json(engine.info.flow.plan) == plans[0]
+    assert engine.info.flow.plan == plans[0]
 
 
 @pytest.mark.usefixtures("built_before")

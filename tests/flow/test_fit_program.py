@@ -48,7 +48,7 @@ def test_a_fitted_plan_goes_along_with_the_program(program):
         choose_plan("fitted", 5, None, after.info)
     _, report = ReduceFlowSteps(fit.plan, [fit.plan])(after)
     assert not report.rewrites
-    assert "plan" not in program.info.flow  # the program before is as it was
+    assert program.info.flow.plan is None  # the program before is as it was
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32))
     painted = after.generate_images(PROMPTS[:1], noise)
     assert len(painted["trajectory"]) == 4
@@ -127,7 +127,7 @@ def test_optimize_takes_a_budget():
     result = optimize(toy.program(), check=False, budget=DriftBudget(mean=0.02), prompts=PROMPTS)
     assert result.reports[-1].name == "reduce_flow_steps"
     assert "keeps drift mean 0.02" in result.reports[-1].checked
-    assert result.program.info.flow.plan["times"]
+    assert result.program.info.flow.plan.times.tolist()
     again = apply_plan(toy.program(), result.program.info.plan, check=False).program
     assert again.info.flow == result.program.info.flow
 
@@ -178,7 +178,7 @@ def test_plans_fitted_to_a_file_go_along(digits, tmp_path, monkeypatch):
         asked.append((prompts, nfe, options.pop("held_out"), options))
         return fit(program, prompts, nfe, samples=4, fine=20, **options)
 
-    monkeypatch.setattr(flow_schedule, "fit_flow_plan", quick)
+    monkeypatch.setattr("mmopt.search.flow_budget.fit_flow_plan", quick)
     texts.write_text("a red 7 on blue\n\na green 3 on red\n a blue 1 on red \n")
     made, report = keep_fits(digits, texts, [3, 2])
     wanted = ["a red 7 on blue", "a blue 1 on red"], ["a green 3 on red"], {"form": "captions", "polish": 0}
@@ -192,4 +192,4 @@ def test_plans_fitted_to_a_file_go_along(digits, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"captions.txt: {message}"):
             keep_fits(digits, texts, [3])
     with pytest.raises(ValueError, match="plans are fitted to programs that paint"):
-        keep_fits(dataclasses.replace(digits, painting=()), texts, [3])
+        keep_fits(dataclasses.replace(digits, schedules=digits.schedules.replaced(image=())), texts, [3])

@@ -83,9 +83,10 @@ def test_gradients_by_latents_and_time(programs, kind):
 
 
 def test_what_cannot_be_is_refused(programs):
+    program = programs["plain"]
     with pytest.raises(ValueError, match="x holds 2 latents, expected one for each of 3 prompts"):
         ProgramVelocity(programs["plain"], PROMPTS)(noise_of(2).numpy(), 0.0)
     with pytest.raises(ValueError, match="generates no images"):
-        ProgramVelocity(dataclasses.replace(programs["plain"], painting=()), PROMPTS)
+        ProgramVelocity(dataclasses.replace(program, schedules=program.schedules.replaced(image=())), PROMPTS)
     with pytest.raises(ValueError, match="no weights"):
         ProgramVelocity(dataclasses.replace(programs["plain"], has_weights=False), PROMPTS)

@@ -345,7 +345,7 @@ def test_random_weights_depend_on_the_seed_alone():
 # --------------------------------------------------------------------------------------------------------------- memory
 PEAK = """
 import os, sys, threading, torch
-from mmopt import checkpoint
+from mmopt.frontend import load as checkpoint
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 from safetensors.torch import load_file
